@@ -1,0 +1,1 @@
+"""Raw and token shards: sources write them, tokenize reads and writes them, training loads them."""

@@ -1,0 +1,102 @@
+"""The contract of a source: it plans its shards first, then makes any one of them from its plan alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from nano4m_cli.config import Config
+
+
+class Attribute(Config):
+    """One thing that labels state of an object: its values, and how captions may word each value."""
+
+    values: list[str]
+    surfaces: dict[str, list[str]]  # value -> wordings; wording k of one value corresponds to wording k of another
+
+
+class DatasetInfo(Config):
+    """What `dataset.json` says of a data set; probes and defaults are driven by it, never by its name.
+
+    Attributes:
+        name: folder below data/.
+        source, options, version: how it was made; options identify it.
+        modalities: names, in a fixed order.
+        splits: samples per split.
+        sizes: per modality, what tokenizers need to know, e.g. {"rgb": {"size": [32, 32]}, "audio": {"seconds": 1.0}}.
+        tokenizers: per modality, options for its tokenizer that suit this data (a modality's default name applies
+            unless "name" is given).
+        attributes: label schema, per object.
+        max_objects: objects per sample at most.
+        determined: per modality, the attributes that it determines exactly.
+        ceilings: best possible accuracy of an attribute a modality does not determine, e.g. {"audio": {"colour": .2}}.
+        pairing: "instance" (modalities of a sample show the same thing) or "class" (paired by label only).
+        notes: licence and anything a reader must know.
+    """
+
+    name: str
+    source: str
+    options: dict[str, Any]
+    version: int
+    modalities: list[str]
+    splits: dict[str, int]
+    sizes: dict[str, dict[str, Any]] = {}
+    tokenizers: dict[str, dict[str, Any]] = {}
+    attributes: dict[str, Attribute] = {}
+    max_objects: int = 1
+    determined: dict[str, list[str]] = {}
+    ceilings: dict[str, dict[str, float]] = {}
+    pairing: Literal["instance", "class"] = "instance"
+    notes: str = ""
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard to make: where it goes, and what goes in (picklable; the meaning of `items` is the source's)."""
+
+    split: str
+    index: int
+    items: Any
+    count: int
+
+
+class Sample(NamedTuple):
+    """A raw sample: key of letters, digits, '_' and '-'; members by extension, e.g. {"rgb.png": bytes}.
+
+    `labels.json` holds {"objects": [{attribute: value, ...}, ...] in caption order,
+    "fields": [{"attribute", "object", "span": [start, end], "wording": k}, ...]}: where in the caption an attribute of
+    an object is worded, so that every alternative wording can be scored.
+    """
+
+    key: str
+    members: dict[str, bytes]
+
+
+class Source(ABC):
+    """A source of raw data. Instances are picklable and cheap; `samples` may run in another process."""
+
+    class Options(Config):
+        pass
+
+    version: ClassVar[int] = 1
+
+    def __init__(self, options: Config, cache: Path):
+        self.options, self.cache = options, cache
+
+    def prepare(self, progress: Callable[[str, int, int], None]) -> None:  # noqa: B027 - optional step
+        """Download or check what is needed, once, before `plan`; progress(what, done, total)."""
+
+    @abstractmethod
+    def info(self) -> DatasetInfo:
+        """Return the description of the data set that these options give (after `prepare`)."""
+
+    @abstractmethod
+    def plan(self) -> list[ShardPlan]:
+        """Return every shard of every split; the same options always give the same plan."""
+
+    @abstractmethod
+    def samples(self, plan: ShardPlan) -> Iterator[Sample]:
+        """Yield the samples of one shard; a function of (options, plan) alone."""

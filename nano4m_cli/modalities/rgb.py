@@ -1,0 +1,31 @@
+"""Colour pictures: uint8 (H, W, 3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from nano4m_cli.modalities._base import Modality
+from nano4m_cli.modalities._image import open_image, png_bytes, read_bytes, rgb_array
+
+
+class RGB(Modality):
+    name, ext, kind, suffix = "rgb", "rgb.png", "image", ".png"
+    tokenizer = "fsq_image"
+
+    def from_bytes(self, data: bytes, where: str) -> np.ndarray:
+        return rgb_array(open_image(data, where), where)
+
+    def to_bytes(self, raw: np.ndarray) -> bytes:
+        assert raw.dtype == np.uint8 and raw.ndim == 3 and raw.shape[2] == 3, (raw.dtype, raw.shape)
+        return png_bytes(raw)
+
+    def read_file(self, path: Path) -> np.ndarray:
+        return self.from_bytes(read_bytes(path), f"'{path}'")
+
+    def show(self, raw: np.ndarray) -> np.ndarray:
+        return raw
+
+
+MODALITY = RGB()

@@ -1,0 +1,82 @@
+"""Stateless randomness: every draw is a function of (seed, stream, counters), never of process state.
+
+Uniform numbers come from a counter-based hash (SplitMix64's finaliser, Steele et al. 2014, applied to a
+chain of counters), so that whole batches are drawn in a few numpy operations and any sub-batch, rank or
+worker gets the same numbers for the same sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_M1 = np.uint64(0xBF58476D1CE4E5B9)
+_M2 = np.uint64(0x94D049BB133111EB)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * _M1
+    x = (x ^ (x >> np.uint64(27))) * _M2
+    return x ^ (x >> np.uint64(31))
+
+
+def bits(seed: int, stream: str, *counters) -> np.ndarray:
+    """Return uint64 hashes of the broadcast counters (non-negative integers or integer arrays)."""
+    word = int.from_bytes(hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest(), "little")
+    with np.errstate(over="ignore"):
+        state = _mix(np.asarray(word, dtype=np.uint64) + _GOLDEN)
+        for counter in counters:
+            state = _mix(state ^ _mix(np.asarray(counter).astype(np.uint64) + _GOLDEN))
+            state = _mix(state + _GOLDEN)
+    return state
+
+
+def uniform(seed: int, stream: str, *counters) -> np.ndarray:
+    """Return float64 in the open interval (0, 1), one per broadcast counter tuple."""
+    return ((bits(seed, stream, *counters) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def normal(seed: int, stream: str, *counters) -> np.ndarray:
+    """Return standard normals by the Box-Muller transform."""
+    u = uniform(seed, stream + "/r", *counters)
+    v = uniform(seed, stream + "/a", *counters)
+    return np.sqrt(-2.0 * np.log(u)) * np.cos(2.0 * np.pi * v)
+
+
+def log_gamma_variates(alpha: np.ndarray, seed: int, stream: str, *counters) -> np.ndarray:
+    """Return logs of Gamma(alpha, 1) variates; logs, because small alphas underflow.
+
+    Marsaglia and Tsang (2000) with its boost for alpha < 1; the first of 24 proposals that is accepted.
+    """
+    shape = np.broadcast_shapes(np.shape(alpha), *(np.shape(c) for c in counters))
+    alpha = np.broadcast_to(np.asarray(alpha, dtype=np.float64), shape)
+    small = alpha < 1.0
+    d = np.where(small, alpha + 1.0, alpha) - 1.0 / 3.0
+    c = 1.0 / np.sqrt(9.0 * d)
+    rounds = np.arange(24).reshape(-1, *([1] * len(shape)))
+    x = normal(seed, stream + "/x", *counters, rounds)
+    v = (1.0 + c * x) ** 3
+    logv = np.log(np.maximum(v, 1e-300))
+    accept = (v > 0) & (np.log(uniform(seed, stream + "/u", *counters, rounds)) < 0.5 * x**2 + d - d * v + d * logv)
+    first = np.argmax(accept, axis=0)[None]
+    value = np.log(d) + np.take_along_axis(np.broadcast_to(logv, (24, *shape)), first, 0)[0]
+    boost = np.log(uniform(seed, stream + "/boost", *counters)) / np.where(small, alpha, 1.0)
+    return value + np.where(small, boost, 0.0)
+
+
+def generator(seed: int, stream: str, *counters: int) -> np.random.Generator:
+    """Return a numpy generator (Philox) for draws that do not vectorise, keyed the same way."""
+    words = bits(seed, stream, *counters, np.arange(2))
+    return np.random.Generator(np.random.Philox(key=words))
+
+
+def permutation(n: int, seed: int, stream: str, *counters: int) -> np.ndarray:
+    """Return a permutation of range(n) as int64."""
+    return np.argsort(bits(seed, stream, *counters, np.arange(n)), kind="stable")
+
+
+def torch_seed(seed: int, stream: str, *counters: int) -> int:
+    """Return a 63-bit seed for a torch.Generator."""
+    return int(bits(seed, stream, *counters) >> np.uint64(1))
