@@ -114,3 +114,36 @@ def read_spec(path: Path) -> TokenSpec:
     except ValueError as err:
         raise DataError(f"{path} is not valid JSON: {err}") from err
     return build(TokenSpec, data, str(path))
+
+
+class Layout:
+    """The slots of several modalities side by side: column c is one slot of one modality.
+
+    A column determines modality, position and vocabulary, so a batch carries ids and columns only.
+
+    Attributes:
+        specs: in model order. names: their modalities. start: (M + 1,) first column of each.
+        columns: total. modality_C, position_C3, group_C: per column; a group is one vocabulary (modality, codebook).
+        groups: list of (modality index, codebook, vocab_size). vocab_start: first row of each group in one table.
+    """
+
+    def __init__(self, specs: list[TokenSpec]):
+        assert specs, "a layout needs at least one modality"
+        self.specs = list(specs)
+        self.names = [s.modality for s in specs]
+        assert len(set(self.names)) == len(self.names), self.names
+        self.start = np.cumsum([0] + [s.slots for s in specs])
+        self.columns = int(self.start[-1])
+        self.modality_C = np.repeat(np.arange(len(specs)), [s.slots for s in specs])
+        self.position_C3 = np.concatenate([s.positions() for s in specs])
+        self.groups = [(m, q, s.vocab_size) for m, s in enumerate(specs) for q in range(s.codebooks)]
+        self.vocab_start = np.cumsum([0] + [v for _, _, v in self.groups])
+        first = np.cumsum([0] + [s.codebooks for s in specs])
+        book_C = np.where([specs[m].kind == "codes" for m in self.modality_C], self.position_C3[:, 1], 0)
+        self.group_C = first[self.modality_C] + book_C
+        self.sequence_C = np.array([specs[m].kind == "sequence" for m in self.modality_C])
+
+    def slice(self, name: str) -> slice:
+        """Return the columns of a modality."""
+        m = self.names.index(name)
+        return slice(int(self.start[m]), int(self.start[m + 1]))

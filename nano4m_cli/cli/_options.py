@@ -1,0 +1,38 @@
+"""Options that commands share, and how their values are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from nano4m_cli.errors import UsageError
+
+Root = Annotated[
+    Path | None,
+    typer.Option("--root", envvar="NANO4M_ROOT", metavar="DIR", help="The workspace (default: the current folder)."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notices, only errors.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, metavar="N", help="Processes (default: all cores).")]
+DeviceName = Literal["auto", "cpu", "cuda"]
+Device = Annotated[DeviceName, typer.Option("--device", help="Where to compute.")]
+Settings = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, where not the default.")]
+
+
+def names(values: Iterable[str] | None) -> list[str]:
+    """Return the names in options that may be repeated and may hold several with commas, each once."""
+    return list(dict.fromkeys(n.strip() for v in values or () for n in v.split(",") if n.strip()))
+
+
+def pick_device(name: DeviceName) -> str:
+    """Return the device to compute on; auto is CUDA where there is any."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise UsageError("--device cuda: there is no CUDA device here", "use --device cpu, or leave it out")
+    return "cuda" if there and name != "cpu" else "cpu"

@@ -1,0 +1,40 @@
+"""`nano4m eval`: a run and held-out data to results and a report."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nano4m_cli.cli._options import Device, Json, Quiet, Root, names
+from nano4m_cli.cli._probing import list_probes, run_probes
+from nano4m_cli.cli._show import Show
+
+
+def command(
+    probe: Annotated[
+        list[str] | None, typer.Option("--probe", "-p", metavar="P", help="Which one (repeatable; default: all).")
+    ] = None,
+    run: Annotated[str | None, typer.Option("--run", metavar="RUN", help="Default: the newest run.")] = None,
+    split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Default: test.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="At most N samples.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the probes.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    root: Root = None,
+) -> None:
+    """Measure what a run can do, with intervals, chance and ceilings; write results and one HTML report.
+
+    \b
+    nano4m eval
+    nano4m eval --probe retrieval --limit 200
+
+    --json: {run, report, results: [{probe, title, metrics: [{name, value, n, ci95, chance, ...}], notes, ...}]};
+    with --list {probes: {NAME: summary}}.
+    """
+    show = Show(as_json, quiet)
+    if list_:
+        list_probes(show, "eval")
+    else:
+        run_probes(show, "eval", root, run, names(probe), split, limit, device)

@@ -1,0 +1,71 @@
+"""`nano4m fetch`: a source to raw shards."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nano4m_cli.cli._options import Json, Quiet, Root, Settings, Workers
+from nano4m_cli.cli._show import Show
+from nano4m_cli.errors import UsageError
+
+
+def command(
+    source: Annotated[str | None, typer.Argument(metavar="SOURCE", help="See --list.")] = None,
+    settings: Settings = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the sources.")] = False,
+    workers: Workers = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be made (a source may download to its cache for that).")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    root: Root = None,
+) -> None:
+    """Make raw shards of a source, below data/<dataset>/raw. Shards that are there and whole are kept.
+
+    \b
+    nano4m fetch scenes
+    nano4m fetch digits mirror=DIR
+    nano4m fetch --list
+
+    --json: {dataset, path, source, options, modalities, splits: {SPLIT: {samples, shards}}, made, kept};
+    with --list {sources: {NAME: summary}}.
+    """
+    from nano4m_cli.registry import SOURCES
+
+    show = Show(as_json, quiet)
+    if list_:
+        sources = {name: SOURCES.summary(name) for name in SOURCES.names()}
+        show.table(["source", "what it is"], list(sources.items()))
+        show.document({"sources": sources})
+        return
+    if source is None:
+        raise UsageError("fetch needs a source", f"one of {', '.join(SOURCES.names())} (see 'nano4m fetch --list')")
+    from nano4m_cli.data.fetch import fetch, open_source
+    from nano4m_cli.data.workspace import Workspace
+
+    workspace = Workspace.at(root)
+    opened = open_source(source, settings or [], workspace)
+    with show.work() as work:
+        if dry_run:
+            opened.prepare(work.progress)
+            info, made, kept = opened.info(), 0, 0
+            path = workspace.root / "data" / info.name
+        else:
+            report = fetch(opened, workspace, workers, work.progress)
+            info, made, kept, path = report.info, report.made, report.kept, report.dataset.path
+    shards: dict[str, int] = dict.fromkeys(info.splits, 0)
+    for plan in opened.plan():
+        shards[plan.split] += 1
+    splits = {name: {"samples": n, "shards": shards[name]} for name, n in info.splits.items()}
+    show.table(["split", "samples", "shards"], [[name, s["samples"], s["shards"]] for name, s in splits.items()])
+    if dry_run:
+        show.line(f"{info.name}: {sum(info.splits.values())} samples would be in {path / 'raw'}")
+    else:
+        show.line(f"{info.name}: {made} samples made, {kept} kept, in {path / 'raw'}")
+    show.document({
+        "dataset": info.name, "path": path, "source": info.source, "options": info.options,
+        "modalities": info.modalities, "splits": splits, "made": made, "kept": kept, "dry_run": dry_run,
+    })

@@ -1,0 +1,129 @@
+"""`nano4m tokenize`: raw shards to token shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from nano4m_cli.cli._app import stopped
+from nano4m_cli.cli._options import DryRun, Json, Quiet, Root, Workers, names
+from nano4m_cli.cli._show import Show
+from nano4m_cli.errors import UsageError, did_you_mean
+
+
+def command(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[M.]OPTION=VALUE", help="Of the tokenizers; name= is which one.")
+    ] = None,
+    modality: Annotated[
+        list[str] | None, typer.Option("--modality", "-m", metavar="M", help="Which one (repeatable; default: all).")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", metavar="NAME", help="Default: the newest.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Verify raw and token shards; make nothing.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the tokenizers.")] = False,
+    workers: Workers = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    root: Root = None,
+) -> None:
+    """Make token shards of a data set. A tokenizer that is missing is fitted on the train split.
+
+    \b
+    nano4m tokenize
+    nano4m tokenize --modality audio
+    nano4m tokenize --modality rgb --modality depth rgb.name=fsq_image
+
+    --json: {dataset, modalities: {M: {tokenizer, kind, shape, vocab_size, fitted, made, kept, samples, figures,
+    sheet}}}; with --dry-run {M: {tokenizer, fitted, options, samples}}; with --check {dataset, samples: {SPLIT:
+    {M: n}}}; with --list {tokenizers: {NAME: summary}}.
+    """
+    show = Show(as_json, quiet)
+    if list_:
+        from nano4m_cli.registry import TOKENIZERS
+
+        tokenizers = {name: TOKENIZERS.summary(name) for name in TOKENIZERS.names()}
+        show.table(["tokenizer", "what it is"], list(tokenizers.items()))
+        show.document({"tokenizers": tokenizers})
+        return
+    from nano4m_cli.data.workspace import Workspace
+
+    folder = Workspace.at(root).dataset(dataset)
+    show.say(f"data set: {folder.name} ({folder.path})")
+    from nano4m_cli.train import tokenizing
+
+    chosen = tokenizing.choose_modalities(folder, names(modality))
+    options = by_modality(settings or [], chosen)
+    if check:
+        chosen = chosen if modality else [m for m in chosen if m in folder.tokenised()]
+        counts = tokenizing.check(folder, chosen)
+        show.table(["split", *chosen], [[split, *per.values()] for split, per in counts.items()])
+        show.line(f"{folder.name}: raw and token shards are whole and aligned")
+        show.document({"dataset": folder.name, "samples": counts})
+        return
+    if dry_run:
+        plans = {m: _plan(folder, m, options[m]) for m in chosen}
+        show.table(
+            ["modality", "tokenizer", "fitted", "samples"],
+            [[m, p["tokenizer"], p["fitted"], p["samples"]] for m, p in plans.items()],
+        )
+        show.document({"dataset": folder.name, "modalities": plans, "dry_run": True})
+        return
+    from nano4m_cli.probes._roundtrip import report as round_trip
+    from nano4m_cli.train.loop import Stopped
+
+    done: dict[str, Any] = {}
+    for name in chosen:
+        try:
+            with show.work() as work:
+                made = tokenizing.tokenize(folder, name, options[name], workers, work.progress, work.record)
+        except Stopped as err:
+            raise stopped(err, False) from err
+        spec, trip = made.spec, round_trip(folder, name)
+        done[name] = {
+            "tokenizer": spec.tokenizer.name, "kind": spec.kind, "shape": spec.shape, "vocab_size": spec.vocab_size,
+            "fitted": made.fitted, "made": made.made, "kept": made.kept, "samples": made.samples, **trip,
+        }
+        shape = "x".join(map(str, spec.shape))
+        show.line(
+            f"{name}: {made.made} samples made, {made.kept} kept; {spec.kind} {shape} of {spec.vocab_size} by "
+            f"{spec.tokenizer.name}{' (fitted now)' if made.fitted else ''}"
+        )
+        show.line("  round trip: " + "  ".join(f"{k} {v:.4g}" for k, v in trip["figures"].items()))
+        if trip["sheet"]:
+            show.line(f"  contact sheet: {trip['sheet']}")
+    show.document({"dataset": folder.name, "modalities": done})
+
+
+def by_modality(items: Sequence[str], chosen: Sequence[str]) -> dict[str, list[str]]:
+    """Sort "modality.option=value" by modality; the modality may be left out where only one is chosen."""
+    out: dict[str, list[str]] = {m: [] for m in chosen}
+    for item in items:
+        key, eq, _ = item.partition("=")
+        if not eq:
+            raise UsageError(f"'{item}' is not of the form option=value", f"did you mean '--modality {item}'?")
+        first, dot, _ = key.partition(".")
+        if dot and first in out:
+            out[first].append(item[len(first) + 1 :])
+        elif len(chosen) == 1:
+            out[chosen[0]].append(item)
+        else:
+            hint = did_you_mean(first, chosen) if dot else f"write {chosen[0]}.{item}, or choose one with --modality"
+            raise UsageError(f"'{item}' does not say which modality it is for", hint)
+    return out
+
+
+def _plan(folder: Any, modality: str, items: Sequence[str]) -> dict[str, Any]:
+    from nano4m_cli.config import apply_overrides
+    from nano4m_cli.train.tokenizing import make_tokenizer
+
+    given = apply_overrides({}, items)
+    tokenizer = make_tokenizer(folder, modality, given.pop("name", None), given)
+    return {
+        "tokenizer": tokenizer.name,
+        "fitted": not tokenizer.fitted or (folder.tokenizer(modality) / "tokenizer.json").is_file(),
+        "options": tokenizer.options,
+        "samples": sum(folder.info().splits.values()),
+    }

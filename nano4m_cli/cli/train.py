@@ -1,0 +1,161 @@
+"""`nano4m train`: token shards and a config to a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nano4m_cli.cli._app import stopped
+from nano4m_cli.cli._options import Device, Json, Quiet, Root, Settings, pick_device
+from nano4m_cli.cli._show import Show
+from nano4m_cli.errors import ConfigError, did_you_mean
+
+FOLDER = Path("cfgs")  # where configs named without a folder are
+
+
+def command(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.")],
+    settings: Settings = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
+    device: Device = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained and what the masking shows; write nothing.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    root: Root = None,
+) -> None:
+    """Train what a config says, into runs/<name>. CONFIG is a file; a bare name is looked for in cfgs/ too.
+
+    \b
+    nano4m train cfgs/5mod.yaml
+    nano4m train demo train.steps=50 --dry-run
+    nano4m train demo --resume
+
+    --json: {run, path, dataset, steps, figures}; with --dry-run {run, dataset, ..., masking: {...},
+    directions: {"a->b": {frequency, in_distribution}}}.
+    """
+    show = Show(as_json, quiet)
+    path = find_config(config)
+    from nano4m_cli.data.workspace import Workspace
+    from nano4m_cli.train.config import load_run_config
+
+    loaded = load_run_config(path, settings or [])
+    workspace = Workspace.at(root)
+    (_fit_tokenizer if loaded.task == "tokenizer" else _train)(show, workspace, loaded, resume, device, dry_run)
+
+
+def find_config(given: str) -> Path:
+    """Return the config file meant by a path, or by a name in cfgs/ with or without its suffix."""
+    path = Path(given)
+    if path.is_file():
+        return path
+    for candidate in (Path(f"{given}.yaml"), FOLDER / given, FOLDER / f"{given}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = [str(p.relative_to(FOLDER).with_suffix("")) for p in FOLDER.rglob("*.yaml")]
+    name = path.relative_to(FOLDER) if path.is_relative_to(FOLDER) else path
+    if not known:
+        raise ConfigError(f"no config file '{given}'", f"give the path of a YAML file ({FOLDER.absolute()} holds none)")
+    raise ConfigError(f"no config file '{given}'", did_you_mean(str(name.with_suffix("")), known))
+
+
+def _train(show: Show, workspace: Any, config: Any, resume: bool, device: str, dry_run: bool) -> None:
+    from nano4m_cli.train.loop import Stopped
+    from nano4m_cli.train.run import prepare, start
+
+    prepared = prepare(config, workspace)
+    show.say(f"data set: {prepared.dataset.name} ({prepared.dataset.path})")
+    if dry_run:
+        _show_plan(show, prepared)
+        return
+    device = pick_device(device)
+    show.say(f"run: {prepared.config.name} ({prepared.folder}), {prepared.config.train.steps} steps on {device}")
+    try:
+        with show.work() as work:
+            figures = start(prepared, resume, device, work.record)
+    except Stopped as err:
+        raise stopped(err, True) from err
+    _show_end(show, prepared.config, prepared.folder, prepared.dataset.name, figures)
+
+
+def _fit_tokenizer(show: Show, workspace: Any, config: Any, resume: bool, device: str, dry_run: bool) -> None:
+    from nano4m_cli.train import tokenizing
+    from nano4m_cli.train.checkpoint import checkpoints
+    from nano4m_cli.train.loop import Stopped
+
+    dataset = workspace.dataset(config.data.dataset)
+    folder = workspace.root / "runs" / config.name
+    show.say(f"data set: {dataset.name} ({dataset.path})")
+    if dry_run:
+        choice = config.tokenizer
+        tokenizer = tokenizing.make_tokenizer(dataset, choice.modality, choice.name, choice.options)
+        plan = {
+            "run": config.name, "dataset": dataset.name, "modality": choice.modality, "tokenizer": tokenizer.name,
+            "steps": config.train.steps, "samples_per_step": config.train.batch,
+        }
+        show.table(["", ""], list(plan.items()))
+        show.document({**plan, "options": tokenizer.options, "dry_run": True})
+        return
+    if device == "cuda":
+        pick_device(device)
+        show.say("notice: tokenizers are fitted on the CPU; --device is not used")
+    show.say(f"run: {config.name} ({folder}), {config.train.steps} steps")
+    last: dict[str, float] = {}
+    try:
+        with show.work() as work:
+
+            def keep(record: Any) -> None:
+                if record.kind == "val":
+                    last.update(record.figures)
+                work.record(record)
+
+            tokenizing.fit_from_config(config, dataset, folder, resume and bool(checkpoints(folder)), keep)
+    except Stopped as err:
+        raise stopped(err, True) from err
+    _show_end(show, config, folder, dataset.name, last)
+    show.line(f"tokenizer: {dataset.tokenizer(config.tokenizer.modality)}")
+
+
+def _show_end(show: Show, config: Any, folder: Path, dataset: str, figures: dict[str, float]) -> None:
+    if figures:
+        show.table(["validation", "value"], list(figures.items()))
+    show.line(f"run: {folder}")
+    steps = config.train.steps
+    show.document({"run": config.name, "path": folder, "dataset": dataset, "steps": steps, "figures": figures})
+
+
+def _show_plan(show: Show, prepared: Any) -> None:
+    from nano4m_cli.masking._mixture import IN_DISTRIBUTION, direction
+
+    summary, masks = prepared.summary, prepared.masks()
+    modalities = list(summary["modalities"])
+    show.table(["", ""], [(k, v) for k, v in summary.items() if k != "modalities"])
+    show.line(f"\nmasking, over {masks.samples} samples: {masks.used:.1%} of the slots are used, "
+              f"{masks.encoder_tokens:.1f} shown and {masks.decoder_tokens:.1f} asked per sample")
+    show.line(f"P(single source) {masks.single_source:.4f}   P(full source) {masks.full_source:.4f}\n")
+    show.table(
+        ["modality", "tokens", "shown", "asked"],
+        [[m, summary["modalities"][m], f"{masks.visible[m]:.1%}", f"{masks.asked[m]:.1%}"] for m in modalities],
+    )
+    pairs = [(s, t) for s in modalities for t in modalities if s != t]
+    frequency = {direction([s], t, modalities): 0.0 for s, t in pairs} | masks.directions
+
+    def shown(source: str, target: str) -> str | None:
+        if source == target:
+            return None
+        share = frequency[direction([source], target, modalities)]
+        return f"{share:.2%}" if share >= IN_DISTRIBUTION else f"({share:.2%})"
+
+    show.line(f"\ndirections: share of samples that show the whole source alone and ask the target "
+              f"(in brackets: under {IN_DISTRIBUTION:.1%}, outside the training distribution)")
+    rows = [[s, *(shown(s, t) for t in modalities)] for s in modalities]
+    show.table(["source", *(f"->{t}" for t in modalities)], rows)
+    top = list(masks.directions.items())[:8]
+    if top:
+        show.line("\nmost frequent: " + ", ".join(f"{name} {share:.2%}" for name, share in top))
+    masking = {k: v for k, v in vars(masks).items() if k != "directions"}
+    directions = {n: {"frequency": f, "in_distribution": f >= IN_DISTRIBUTION} for n, f in frequency.items()}
+    show.document({**summary, "masking": masking, "directions": directions, "dry_run": True})

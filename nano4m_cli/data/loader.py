@@ -1,0 +1,145 @@
+"""Token shards as arrays: memory-mapped random access to aligned modalities, whole batches in a few gathers."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+
+import numpy as np
+
+from nano4m_cli.data.shards import Split, check_aligned
+from nano4m_cli.data.workspace import DatasetFolder
+from nano4m_cli.errors import DataError, ShardError, did_you_mean
+from nano4m_cli.rng import permutation
+from nano4m_cli.spec import Layout, TokenSpec, read_spec
+
+
+class _Column:
+    """The ids of one modality in one split: (sample, variant) -> ids, by offset into the mapped tars."""
+
+    def __init__(self, spec: TokenSpec, split: Split):
+        self.spec, self.split, self.member = spec, split, f"{spec.modality}.npy"
+        self.maps = [np.frombuffer(s.map, dtype=np.uint8) for s in split.shards]
+        parts = [self._open(shard, data) for shard, data in zip(split.shards, self.maps, strict=True)]
+        self.offset_N = np.concatenate([p[0] for p in parts])
+        self.length_N = np.concatenate([p[1] for p in parts])
+        self.shard_N = np.repeat(np.arange(len(parts)), [len(p[0]) for p in parts])
+
+    def _open(self, shard, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (offset of the ids, ids per variant) of each sample of a shard, after checking its npy headers."""
+        spec, where = self.spec, f"{shard.path}"
+        if self.member not in shard.index.offset:
+            raise ShardError(f"{where} has no '{self.member}'", f"run 'nano4m tokenize --modality {spec.modality}'")
+        offset, size = shard.index.offset[self.member], shard.index.size[self.member]
+        if not len(offset):
+            return offset, size
+        head = data[offset[:, None] + np.arange(10)]
+        if (head[:, :7] != np.frombuffer(b"\x93NUMPY\x01", dtype=np.uint8)).any():
+            bad = int(np.argmax((head[:, :7] != np.frombuffer(b"\x93NUMPY\x01", dtype=np.uint8)).any(1)))
+            raise ShardError(f"{where}: '{self.member}' of '{shard.keys[bad]}' is no npy file")
+        header = 10 + head[:, 8].astype(np.int64) + 256 * head[:, 9].astype(np.int64)
+        first = bytes(data[offset[0] + 10 : offset[0] + header[0]])
+        described = ast.literal_eval(first.decode("latin1").strip())
+        if described["descr"] != spec.dtype.str or described["fortran_order"]:
+            raise ShardError(f"{where}: ids are stored as {described['descr']}, {spec.dtype.str} expected")
+        length = (size - header) // spec.dtype.itemsize
+        if spec.kind == "sequence":
+            if (length > spec.slots).any() or (length < 1).any():
+                bad = int(np.argmax((length > spec.slots) | (length < 1)))
+                raise ShardError(f"{where}: '{shard.keys[bad]}' has {length[bad]} ids of {spec.modality}, 1 to {spec.slots} allowed")
+            return offset + header, length
+        wanted = spec.variants * spec.slots
+        if (length != wanted).any():
+            bad = int(np.argmax(length != wanted))
+            raise ShardError(f"{where}: '{shard.keys[bad]}' has {length[bad]} ids of {spec.modality}, {wanted} expected")
+        return offset + header, length // spec.variants
+
+    def read(self, index_B: np.ndarray, variant_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (ids (B, slots) int64, zeros beyond a text's end, length (B,))."""
+        spec, item = self.spec, self.spec.dtype.itemsize
+        length = self.length_N[index_B]
+        width = int(length.max(initial=0))
+        at = self.offset_N[index_B] + variant_B * (spec.slots * item if spec.kind != "sequence" else 0)
+        out = np.zeros((len(index_B), spec.slots), dtype=np.int64)
+        step = np.arange(width * item)
+        for s in np.unique(self.shard_N[index_B]):
+            rows = np.flatnonzero(self.shard_N[index_B] == s)
+            data = self.maps[s]
+            raw = data[np.minimum(at[rows, None] + step, len(data) - 1)]
+            out[rows, :width] = np.ascontiguousarray(raw).view(spec.dtype)
+        if spec.kind == "sequence":
+            out[np.arange(spec.slots) >= length[:, None]] = 0
+        if int(out.max(initial=0)) >= spec.vocab_size:
+            bad = int(np.argmax((out >= spec.vocab_size).any(1)))
+            key = self.split.keys[int(index_B[bad])]
+            spec.check_ids(out[bad], f"{self.split.folder}, sample '{key}'")
+        return out, length
+
+
+class TokenData:
+    """Aligned token shards of several modalities of one split.
+
+    Args:
+        modalities: names in layout order. `layout` follows from their spec.json files.
+    """
+
+    def __init__(self, dataset: DatasetFolder, split: str, modalities: Sequence[str]):
+        self.dataset, self.name = dataset, split
+        specs = read_specs(dataset, modalities)
+        for name in modalities:
+            if not dataset.tokens(name, split).is_dir():
+                have = sorted(p.name for p in dataset.tokens(name).iterdir() if p.is_dir())
+                raise DataError(f"data set '{dataset.name}' has no split '{split}' of {name} tokens", did_you_mean(split, have))
+        self.layout = Layout(specs)
+        splits = {n: Split(dataset.tokens(n, split)) for n in modalities}
+        check_aligned(splits)
+        self.columns = [_Column(s, splits[s.modality]) for s in specs]
+        self.split = splits[modalities[0]]
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def key(self, i: int) -> str:
+        shard, j = self.split.locate(i)
+        return shard.keys[j]
+
+    def read(self, index_B: np.ndarray, variant_B: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return (ids_BC int64 over the layout's columns, length_BM)."""
+        index_B = np.asarray(index_B, dtype=np.int64)
+        variant_B = np.zeros_like(index_B) if variant_B is None else variant_B
+        parts = [c.read(index_B, variant_B) for c in self.columns]
+        return np.concatenate([p[0] for p in parts], 1), np.stack([p[1] for p in parts], 1)
+
+    def lengths(self, limit: int | None = None) -> np.ndarray:
+        """Return length (N, M) of the first `limit` samples."""
+        return np.stack([c.length_N[:limit] for c in self.columns], 1)
+
+
+def read_specs(dataset: DatasetFolder, modalities: Sequence[str]) -> list[TokenSpec]:
+    """Return the specs of the named modalities; one that is not tokenised is a DataError that says how to get it."""
+    have = dataset.tokenised()
+    for name in modalities:
+        if name not in have:
+            raise DataError(
+                f"data set '{dataset.name}' has no {name} tokens", f"run 'nano4m tokenize --modality {name}'"
+            )
+    return [read_spec(dataset.spec_path(name)) for name in modalities]
+
+
+class SampleOrder:
+    """The infinite sequence of sample indices: one permutation per epoch, a function of (seed, epoch) alone."""
+
+    def __init__(self, samples: int, seed: int):
+        self.samples, self.seed = samples, seed
+        self._epoch: tuple[int, np.ndarray] | None = None
+
+    def at(self, counter_B: np.ndarray) -> np.ndarray:
+        """Return the sample index at each position of the sequence."""
+        epoch, place = np.divmod(np.asarray(counter_B, dtype=np.int64), self.samples)
+        out = np.empty_like(place)
+        for e in np.unique(epoch):
+            if self._epoch is None or self._epoch[0] != int(e):
+                self._epoch = (int(e), permutation(self.samples, self.seed, "order", int(e)))
+            rows = epoch == e
+            out[rows] = self._epoch[1][place[rows]]
+        return out

@@ -1,0 +1,1 @@
+"""The one sampler, and what `nano4m generate` does with it."""

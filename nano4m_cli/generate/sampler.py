@@ -1,0 +1,176 @@
+"""The sampler: known slots, a schedule that says which slots to fill when, a model call, a choice of ids.
+
+Every draw is a function of (seed, request, slot), so a request gives the same sample alone and inside any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from nano4m_cli.config import Config
+from nano4m_cli.generate.choose import counts, draw, filter_logits
+from nano4m_cli.model.batch import Packed, pack
+from nano4m_cli.model.fourm import FourM
+from nano4m_cli.rng import uniform
+
+Scheme = Literal["auto", "roar", "maskgit", "ar", "onepass"]
+
+
+class GenerateOptions(Config):
+    """scheme: roar (random order), maskgit (most confident first), ar (left to right), onepass (all at once); auto is
+    roar for grids and codes. Text is always ar. Order of filters: temperature, top-k, top-p; temperature 0 is greedy."""
+
+    scheme: Scheme = "auto"
+    steps: int = Field(12, ge=1)
+    schedule: Literal["linear", "cosine"] = "linear"
+    temperature: float = Field(0.5, ge=0)
+    text_temperature: float = Field(0.3, ge=0)
+    top_k: int | None = Field(None, ge=1)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int = Field(0, ge=0)
+
+
+@dataclass
+class State:
+    """Requests under way: ids (B, C) and which of them are known (B, C); request_B numbers them for the draws."""
+
+    ids_BC: np.ndarray
+    known_BC: np.ndarray
+    request_B: np.ndarray
+
+    def rows(self, index: np.ndarray) -> State:
+        return State(self.ids_BC[index], self.known_BC[index], self.request_B[index])
+
+
+def fill(model: FourM, state: State, target: str, options: GenerateOptions) -> None:
+    """Fill every unknown slot of modality `target` in place, conditioned on all that is known.
+
+    Text is written until EOS; what follows EOS stays unknown.
+    """
+    spec = model.layout.specs[model.layout.names.index(target)]
+    with torch.inference_mode():
+        if spec.kind == "sequence":
+            _write_text(model, state, target, options)
+        else:
+            _fill_slots(model, state, target, options)
+
+
+def chain(model: FourM, state: State, targets: Sequence[str], options: GenerateOptions, batch: int = 128) -> None:
+    """Fill several modalities one after the other, each conditioned on those before; requests in parts of `batch`."""
+    for start in range(0, len(state.ids_BC), batch):
+        index = np.arange(start, min(start + batch, len(state.ids_BC)))
+        part = state.rows(index)
+        for target in targets:
+            fill(model, part, target, options)
+        state.ids_BC[index], state.known_BC[index] = part.ids_BC, part.known_BC
+
+
+def _fill_slots(model: FourM, state: State, target: str, o: GenerateOptions) -> None:
+    columns = model.layout.slice(target)
+    unknown = ~state.known_BC[:, columns]
+    slots = unknown.shape[1]
+    scheme = "roar" if o.scheme == "auto" else o.scheme
+    steps = {"onepass": 1, "ar": slots}.get(scheme, o.steps)
+    if scheme == "ar":
+        order = np.broadcast_to(np.arange(slots, dtype=np.float64), unknown.shape)
+    else:
+        order = uniform(o.seed, f"order/{target}", state.request_B[:, None], np.arange(slots))
+    plan = [counts(int(n), steps, o.schedule) for n in unknown.sum(1)]
+    for step in range(max((len(p) for p in plan), default=0)):
+        n_now = np.array([p[step] if step < len(p) else 0 for p in plan])
+        active = np.flatnonzero(n_now)
+        now = ~state.known_BC[active, columns]
+        if scheme == "maskgit":
+            asked = now
+        else:
+            rank = np.argsort(np.argsort(np.where(now, order[active], np.inf), axis=1, kind="stable"), axis=1)
+            asked = rank < n_now[active, None]
+        row, slot, ids, logp = _ask(model, state.rows(active), columns, asked, target, o, step)
+        if scheme == "maskgit" and step + 1 < steps:
+            # Confidence of what was drawn, with Gumbel noise that fades as the schedule ends.
+            u = uniform(o.seed, f"confidence/{target}", state.request_B[active][row], slot, step)
+            confidence = logp - np.log(-np.log(u)) * o.temperature * (1 - (step + 1) / steps)
+            grid = np.full(asked.shape, -np.inf)
+            grid[row, slot] = confidence
+            keep = np.argsort(np.argsort(-grid, axis=1, kind="stable"), axis=1) < n_now[active, None]
+            take = keep[row, slot]
+            row, slot, ids = row[take], slot[take], ids[take]
+        state.ids_BC[active[row], columns.start + slot] = ids
+        state.known_BC[active[row], columns.start + slot] = True
+    assert state.known_BC[:, columns].all(), target
+
+
+def _ask(model: FourM, state: State, columns: slice, asked_BL: np.ndarray, target: str, o: GenerateOptions, step: int):
+    """Return (row, slot, drawn id, its log-probability), numpy, for every asked slot."""
+    layout = model.layout
+    asked_BC = np.zeros(state.known_BC.shape, dtype=bool)
+    asked_BC[:, columns] = asked_BL
+    packed = pack(layout, state.ids_BC, state.known_BC, asked_BC, model.config.registers).to(_device(model))
+    per_group = model(packed)
+    n = len(packed.dec_col)
+    ids, logp = np.zeros(n, dtype=np.int64), np.zeros(n)
+    row, col = np.nonzero(asked_BC)
+    slot = col - columns.start
+    u = uniform(o.seed, f"draw/{target}", state.request_B[row], slot, step)
+    for index, logits in zip(packed.group_index, per_group, strict=True):
+        if index is None:
+            continue
+        at = index.cpu().numpy()
+        drawn, score = draw(filter_logits(logits, o.temperature, o.top_k, o.top_p), u[at])
+        ids[at], logp[at] = drawn.cpu().numpy(), score.cpu().numpy()
+    return row, slot, ids, logp
+
+
+def _write_text(model: FourM, state: State, target: str, o: GenerateOptions) -> None:
+    layout, columns = model.layout, model.layout.slice(target)
+    spec = layout.specs[layout.names.index(target)]
+    group = int(layout.group_C[columns.start])
+    b = len(state.ids_BC)
+    known = state.known_BC[:, columns]
+    begin = known.sum(1)
+    assert (known == (np.arange(spec.slots) < begin[:, None])).all(), "the known part of a text is its beginning"
+    last = state.ids_BC[np.arange(b), columns.start + np.maximum(begin - 1, 0)]
+    alive = np.flatnonzero((begin == 0) | (last != spec.eos))
+    nothing = np.zeros_like(state.known_BC)
+    packed = pack(layout, state.ids_BC, state.known_BC, nothing, model.config.registers).to(_device(model))
+    encoded = model.encode(packed)  # once: what is shown does not change while the text is written
+    end = begin.copy()
+    while len(alive):
+        asked = np.zeros_like(state.known_BC[alive])
+        slot = np.arange(spec.slots)
+        asked[:, columns] = (slot >= begin[alive, None]) & (slot <= end[alive, None])
+        dec = pack(layout, state.ids_BC, nothing, asked, 0, answers=(state.ids_BC[alive], alive))
+        h = model.decode(_with_encoder(dec, packed), encoded)
+        final = h[torch.from_numpy(np.cumsum(asked.sum(1)) - 1)]
+        logp = filter_logits(group_logits(model, final, group), o.text_temperature, o.top_k, o.top_p)
+        u = uniform(o.seed, f"draw/{target}", state.request_B[alive], end[alive])
+        ids = draw(logp, u)[0].cpu().numpy()
+        full = end[alive] == spec.slots - 1
+        ids = np.where(full, spec.eos, ids)  # the last slot can only end the text
+        state.ids_BC[alive, columns.start + end[alive]] = ids
+        end[alive] += 1
+        alive = alive[ids != spec.eos]
+    state.known_BC[:, columns] = np.arange(spec.slots) < end[:, None]
+
+
+def group_logits(model: FourM, h_ND: Tensor, group: int) -> Tensor:
+    """Return the logits (N, V) of one vocabulary group for decoder outputs."""
+    start = model.layout.vocab_start
+    return torch.nn.functional.linear(h_ND, model.head.weight()[start[group] : start[group + 1]].to(h_ND.dtype))
+
+
+def _with_encoder(dec: Packed, enc: Packed) -> Packed:
+    """Return `dec` with the encoder side of `enc`."""
+    moved = dec.to(enc.enc_ids.device)
+    return replace(moved, enc_ids=enc.enc_ids, enc_col=enc.enc_col, enc=enc.enc)
+
+
+def _device(model: FourM) -> torch.device:
+    return model.enc_modality.device

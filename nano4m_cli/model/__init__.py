@@ -1,0 +1,1 @@
+"""The models. They know token specs and packed batches; no files, and no modality by name."""

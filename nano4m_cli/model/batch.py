@@ -1,0 +1,130 @@
+"""The packed batch: samples of different length side by side, never padded.
+
+Names: T tokens in all, S samples (or segments), C columns of the layout, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nano4m_cli.spec import Layout
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Where the rows of a packed (T, ...) tensor go in a padded (S, L, ...) one: used inside attention only.
+
+    lengths: (S,) tokens per row. place: (T,) row * L + offset. width: L, the longest row.
+    """
+
+    lengths: Tensor
+    place: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, lengths_S: np.ndarray) -> Ragged:
+        lengths = np.asarray(lengths_S, dtype=np.int64)
+        width = max(int(lengths.max(initial=0)), 1)
+        start = np.cumsum(lengths) - lengths
+        offset = np.arange(int(lengths.sum())) - np.repeat(start, lengths)
+        place = np.repeat(np.arange(len(lengths)) * width, lengths) + offset
+        return cls(torch.from_numpy(lengths), torch.from_numpy(place), width)
+
+    @property
+    def rows(self) -> int:
+        return self.lengths.shape[0]
+
+    def to(self, device) -> Ragged:
+        return replace(self, lengths=self.lengths.to(device), place=self.place.to(device))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch. Encoder: ids and columns of what is shown, per sample. Decoder: the same of what is asked.
+
+    enc_ids, enc_col: (Te,); registers have column -1. enc: rows are samples.
+    dec_ids, dec_col: (Td,) the answers and their columns; dec_prev: (Td,) for text the id before it (-1: none yet, and
+    for other kinds). dec: rows are decoder samples; dec_self: rows are (sample, modality) runs of them, the extent of
+    decoder self-attention; dec_causal: (rows of dec_self,) whether a run is text.
+    dec_context: (rows of dec,) encoder row that each decoder sample looks at; None: the same row.
+    group_index: per vocabulary group, positions in Td that it answers (None: nothing asked).
+    """
+
+    enc_ids: Tensor
+    enc_col: Tensor
+    enc: Ragged
+    dec_ids: Tensor
+    dec_col: Tensor
+    dec_prev: Tensor
+    dec: Ragged
+    dec_self: Ragged
+    dec_causal: Tensor
+    group_index: tuple[Tensor | None, ...]
+    dec_context: Tensor | None = None
+
+    def to(self, device) -> Packed:
+        def move(value):
+            if isinstance(value, tuple):
+                return tuple(move(v) for v in value)
+            return value if value is None else value.to(device)
+
+        return Packed(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+    @property
+    def samples(self) -> int:
+        return self.enc.rows
+
+
+def pack(
+    layout: Layout,
+    ids_BC: np.ndarray,
+    shown_BC: np.ndarray,
+    asked_BC: np.ndarray,
+    registers: int = 0,
+    answers: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Packed:
+    """Return the packed batch of dense (samples, columns) arrays.
+
+    Args:
+        ids_BC: integer ids; values outside `shown` and `asked` are never read, except a text's id before an asked one.
+        shown_BC, asked_BC: bool.
+        registers: learned tokens put before each sample's encoder input, so that it is never empty.
+        answers: (ids_AC, context_A) where the decoder's samples are not the encoder's: `asked_BC` then has A rows,
+            decoder row a answers for encoder row context_A[a].
+    """
+    b = ids_BC.shape[0]
+    if registers:
+        shown = np.concatenate([np.ones((b, registers), dtype=bool), shown_BC], 1)
+        row, col = np.nonzero(shown)
+        col = col - registers
+        enc_ids = np.where(col >= 0, ids_BC[row, np.maximum(col, 0)], 0)
+        enc_col = np.maximum(col, -1)
+    else:
+        row, enc_col = np.nonzero(shown_BC)
+        enc_ids = ids_BC[row, enc_col]
+    lengths = np.bincount(row, minlength=b)
+
+    dec_source, context = (ids_BC, None) if answers is None else answers
+    arow, acol = np.nonzero(asked_BC)
+    before = np.where(layout.sequence_C[acol], acol - layout.start[layout.modality_C[acol]], 0)
+    prev = np.where(before > 0, dec_source[arow, np.maximum(acol - 1, 0)], -1)
+    per_modality = np.add.reduceat(asked_BC.astype(np.int64), layout.start[:-1], axis=1)  # (A, M)
+    run_row, run_m = np.nonzero(per_modality)
+    group_T = layout.group_C[acol]
+    order = np.argsort(group_T, kind="stable")
+    edges = np.searchsorted(group_T[order], np.arange(len(layout.groups) + 1))
+    as_tensor = lambda x: torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64))  # noqa: E731
+    return Packed(
+        enc_ids=as_tensor(enc_ids), enc_col=as_tensor(enc_col), enc=Ragged.of(lengths),
+        dec_ids=as_tensor(dec_source[arow, acol]), dec_col=as_tensor(acol), dec_prev=as_tensor(prev),
+        dec=Ragged.of(per_modality.sum(1)), dec_self=Ragged.of(per_modality[run_row, run_m]),
+        dec_causal=torch.from_numpy(np.array([s.kind == "sequence" for s in layout.specs])[run_m]),
+        group_index=tuple(
+            as_tensor(order[a:z]) if z > a else None for a, z in zip(edges[:-1], edges[1:], strict=True)
+        ),
+        dec_context=None if context is None else as_tensor(context),
+    )

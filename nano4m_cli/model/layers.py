@@ -1,0 +1,143 @@
+"""The layers that all models share: norms, MLPs, token tables, positions, transformer blocks."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nano4m_cli.model.attention import Mask, attend
+from nano4m_cli.spec import Layout
+
+Norm = Literal["layernorm", "rmsnorm"]
+
+
+def make_norm(kind: Norm, width: int) -> nn.Module:
+    """Return a norm with a gain and no bias."""
+    return nn.LayerNorm(width, eps=1e-6, bias=False) if kind == "layernorm" else nn.RMSNorm(width, eps=1e-6)
+
+
+def linear(n_in: int, n_out: int, gain: float = 1.0) -> nn.Linear:
+    """Return a bias-free linear layer, weights N(0, gain^2 / n_in)."""
+    layer = nn.Linear(n_in, n_out, bias=False)
+    nn.init.normal_(layer.weight, std=gain / math.sqrt(n_in))
+    return layer
+
+
+def sincos(position_C3: np.ndarray, width: int, axes: int) -> Tensor:
+    """Return float32 (C, width): sines and cosines of the first `axes` coordinates, equal shares of the width.
+
+    Frequencies 10000^(-i / n) as in Vaswani et al. 2017; for several axes as in MAE's 2-D embedding. A share that does
+    not divide leaves zeros at the end.
+    """
+    out = np.zeros((len(position_C3), width), dtype=np.float64)
+    per = width // axes // 2
+    omega = 10000.0 ** (-np.arange(per) / per)
+    for a in range(axes):
+        angle = position_C3[:, a, None] * omega
+        out[:, 2 * a * per : 2 * (a + 1) * per] = np.concatenate([np.sin(angle), np.cos(angle)], 1)
+    return torch.from_numpy(out.astype(np.float32))
+
+
+def position_table(layout: Layout, width: int) -> Tensor:
+    """Return float32 (C, width): 2-D or 3-D sincos for grids, (frame, codebook) or frame for codes, 1-D for text."""
+    parts = []
+    for m, spec in enumerate(layout.specs):
+        position = layout.position_C3[layout.start[m] : layout.start[m + 1]]
+        if spec.kind == "grid":
+            used = position[:, 1:] if len(spec.shape) == 2 else position
+        else:
+            used = position[:, : 2 if spec.codebooks > 1 else 1]
+        parts.append(sincos(used, width, used.shape[1]))
+    return torch.cat(parts)
+
+
+class TokenTable(nn.Module):
+    """One vector per id of every vocabulary group, side by side in one (V, D) table.
+
+    Where ids are mixed-radix numbers (finite scalar quantisation), a vector per level value is added, so that codes
+    which share a level share what is learned of it.
+    """
+
+    def __init__(self, layout: Layout, width: int, std: float):
+        super().__init__()
+        total = int(layout.vocab_start[-1])
+        self.table = nn.Parameter(torch.randn(total, width) * std)
+        most = max((len(s.levels) for s in layout.specs), default=0)
+        self.factored = most > 0
+        if self.factored:
+            rows = np.zeros((total, most), dtype=np.int64)  # row 0 of the level table stays zero
+            used = 1
+            for g, (m, _, size) in enumerate(layout.groups):
+                ids, base = np.arange(size), 1
+                for d, level in enumerate(layout.specs[m].levels):
+                    rows[layout.vocab_start[g] : layout.vocab_start[g + 1], d] = used + (ids // base) % level
+                    used, base = used + level, base * level
+            self.register_buffer("level_row", torch.from_numpy(rows), persistent=False)
+            self.level = nn.Parameter(torch.randn(used, width) * std)
+
+    def weight(self) -> Tensor:
+        """Return the (V, D) table with level vectors added."""
+        if not self.factored:
+            return self.table
+        return self.table + F.embedding_bag(self.level_row, self.level, mode="sum", padding_idx=0)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, kind: Literal["gelu", "swiglu"], ratio: float, out_gain: float):
+        super().__init__()
+        hidden = round(width * ratio) if kind == "gelu" else round(width * ratio * 2 / 3 / 8) * 8
+        self.kind = kind
+        self.fc1 = linear(width, hidden)
+        self.gate = linear(width, hidden) if kind == "swiglu" else None
+        self.fc2 = linear(hidden, width, out_gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.fc1(x)) if self.gate is None else F.silu(self.gate(x)) * self.fc1(x)
+        return self.fc2(h)
+
+
+class Attention(nn.Module):
+    """Self-attention, or cross-attention where `context` is given. (T, D) -> (T, D)."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, out_gain: float, backend: str):
+        super().__init__()
+        self.heads, self.backend = heads, backend
+        self.q = linear(width, width)
+        self.kv = linear(width, 2 * width)
+        self.out = linear(width, width, out_gain)
+        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None
+        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None
+
+    def forward(self, x: Tensor, mask: Mask, context: Tensor | None = None) -> Tensor:
+        q = self.q(x)
+        k, v = self.kv(x if context is None else context).chunk(2, dim=-1)
+        if self.q_norm is not None:
+            q = self.q_norm(q.view(len(q), self.heads, -1)).view_as(q).to(v.dtype)
+            k = self.k_norm(k.reshape(len(k), self.heads, -1)).view_as(k).to(v.dtype)
+        return self.out(attend(q, k, v, self.heads, mask, self.backend))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; with `cross`, cross-attention stands between self-attention and MLP."""
+
+    def __init__(self, cfg, layers: int, cross: bool):
+        super().__init__()
+        gain = 1.0 / math.sqrt((3 if cross else 2) * layers)  # residual outputs sum to order one
+        self.norm1 = make_norm(cfg.norm, cfg.width)
+        self.attn = Attention(cfg.width, cfg.heads, cfg.qk_norm, gain, cfg.attention)
+        if cross:
+            self.query_norm = make_norm(cfg.norm, cfg.width)
+            self.cross = Attention(cfg.width, cfg.heads, cfg.qk_norm, gain, cfg.attention)
+        self.norm2 = make_norm(cfg.norm, cfg.width)
+        self.mlp = MLP(cfg.width, cfg.mlp, cfg.mlp_ratio, gain)
+
+    def forward(self, x: Tensor, mask: Mask, context: Tensor | None = None, cross_mask: Mask | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask)
+        if context is not None:
+            x = x + self.cross(self.query_norm(x), cross_mask, context)
+        return x + self.mlp(self.norm2(x))

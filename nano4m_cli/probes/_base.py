@@ -1,0 +1,23 @@
+"""The contract of a probe. A probe file also states KIND = "eval" or "probe"."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from nano4m_cli.probes._context import Context
+from nano4m_cli.probes._result import Metric
+
+
+class Probe(ABC):
+    """Measures one thing. A change of what a figure means raises `version`."""
+
+    version: ClassVar[int] = 1
+
+    def missing(self, context: Context) -> str | None:
+        """Return what run or data set lack for this probe, or None."""
+        return None
+
+    @abstractmethod
+    def measure(self, context: Context) -> tuple[list[Metric], list[str]]:
+        """Return (metrics, notes)."""

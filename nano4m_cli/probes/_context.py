@@ -1,0 +1,240 @@
+"""What probes share: the run, its held-out tokens and raw samples, scoring by likelihood, generation."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from nano4m_cli.data.loader import TokenData
+from nano4m_cli.data.shards import Split
+from nano4m_cli.data.sources._base import DatasetInfo
+from nano4m_cli.errors import DataError
+from nano4m_cli.generate.sampler import GenerateOptions, State, chain
+from nano4m_cli.masking._mixture import IN_DISTRIBUTION, direction
+from nano4m_cli.model.batch import pack
+from nano4m_cli.probes._result import Direction
+from nano4m_cli.registry import MODALITIES
+from nano4m_cli.tokenizers._base import Tokenizer, open_tokenizer
+from nano4m_cli.train.run import OpenRun, check_specs
+
+CHUNK = 100  # samples per encoder batch
+
+
+class Context:
+    """A run on one held-out split.
+
+    Args:
+        limit: at most so many samples of the split.
+        progress: called with (what, done, total).
+    """
+
+    def __init__(self, run: OpenRun, split: str, limit: int | None, seed: int, progress: Callable[[str, int, int], None]):
+        self.run, self.split, self.seed, self.progress = run, split, seed, progress
+        self.model, self.layout, self.dataset = run.model, run.layout, run.dataset
+        self.names = run.layout.names
+        self.tokens = TokenData(run.dataset, split, self.names)
+        check_specs(run.layout.specs, self.tokens.layout.specs)
+        self.n = len(self.tokens) if limit is None else min(limit, len(self.tokens))
+        if not self.n:
+            raise DataError(f"split '{split}' of '{run.dataset.name}' is empty")
+        self.ids_NC, self.length_NM = self.tokens.read(np.arange(self.n))
+        self._generated: dict[tuple, np.ndarray] = {}
+        self._tokenizers: dict[str, Tokenizer] = {}
+        self._others: dict[str, Context] = {}
+        self.limit = limit
+
+    @cached_property
+    def info(self) -> DatasetInfo:
+        return self.dataset.info()
+
+    def on(self, split: str) -> Context:
+        """Return the same run on another split."""
+        if split not in self._others:
+            self._others[split] = Context(self.run, split, self.limit, self.seed, self.progress)
+        return self._others[split]
+
+    def has_split(self, split: str) -> bool:
+        return self.info.splits.get(split, 0) > 0 and self.dataset.tokens(self.names[0], split).is_dir()
+
+    # -- data -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def inside_NC(self) -> np.ndarray:
+        """Bool (N, C): the slots that each sample has."""
+        slot = np.concatenate([np.arange(s.slots) for s in self.layout.specs])
+        return slot < self.length_NM[:, self.layout.modality_C]
+
+    def columns(self, *modalities: str) -> np.ndarray:
+        """Return bool (C,): the columns of the named modalities."""
+        out = np.zeros(self.layout.columns, dtype=bool)
+        for name in modalities:
+            out[self.layout.slice(name)] = True
+        return out
+
+    def tokenizer(self, modality: str) -> Tokenizer:
+        if modality not in self._tokenizers:
+            self._tokenizers[modality] = open_tokenizer(self.dataset.tokenizer(modality))
+        return self._tokenizers[modality]
+
+    @cached_property
+    def labels(self) -> list[dict[str, Any]]:
+        """Return labels.json of every sample."""
+        raw = Split(self.dataset.raw(self.split))
+        return [json.loads(raw.read(i, "labels.json")) for i in range(self.n)]
+
+    @cached_property
+    def _raw(self) -> dict[str, list[Any]]:
+        return {}
+
+    def raw(self, modality: str) -> list[Any]:
+        """Return the raw values of every sample, as the best round trip would give them."""
+        if modality not in self._raw:
+            shards, kind = Split(self.dataset.raw(self.split)), MODALITIES.get(modality)
+            values = [kind.from_bytes(shards.read(i, kind.ext), self.tokens.key(i)) for i in range(self.n)]
+            self._raw[modality] = [self.tokenizer(modality).comparable(v) for v in values]
+        return self._raw[modality]
+
+    def raw_captions(self) -> list[str]:
+        """Return captions as written (label spans refer to them)."""
+        shards, kind = Split(self.dataset.raw(self.split)), MODALITIES.get("caption")
+        return [kind.from_bytes(shards.read(i, kind.ext), self.tokens.key(i)) for i in range(self.n)]
+
+    def ids(self, modality: str, ids_NC: np.ndarray | None = None) -> list[np.ndarray]:
+        """Return the ids of a modality per sample, of true length."""
+        columns = self.layout.slice(modality)
+        source = self.ids_NC if ids_NC is None else ids_NC
+        length = self.length_NM[:, self.names.index(modality)]
+        return [row[columns][:n] for row, n in zip(source, length, strict=True)]
+
+    def values(self, attribute: str) -> list[list[str]]:
+        """Return per sample the attribute's value for every object."""
+        return [[o[attribute] for o in label["objects"]] for label in self.labels]
+
+    @cached_property
+    def attributes(self) -> dict[str, list[str]]:
+        return {name: a.values for name, a in self.info.attributes.items()}
+
+    @cached_property
+    def majority(self) -> dict[str, str]:
+        """Return each attribute's commonest value in the first samples of the train split."""
+        raw = Split(self.dataset.raw("train"))
+        counts: dict[str, Counter] = {a: Counter() for a in self.attributes}
+        for i in range(min(len(raw), 4000)):
+            for thing in json.loads(raw.read(i, "labels.json"))["objects"]:
+                for a in counts:
+                    counts[a][thing[a]] += 1
+        return {a: c.most_common(1)[0][0] for a, c in counts.items()}
+
+    def baselines(self, source: Sequence[str], attribute: str) -> dict[str, float | None]:
+        """Return chance, majority and ceiling of an attribute's accuracy given the sources."""
+        truth = [v for values in self.values(attribute) for v in values]
+        majority = sum(v == self.majority[attribute] for v in truth) / max(len(truth), 1)
+        ceiling: float | None = None
+        if any(attribute in self.info.determined.get(s, []) for s in source):
+            ceiling = 1.0
+        elif not self.split.endswith("novel"):
+            known = [self.info.ceilings[s][attribute] for s in source if attribute in self.info.ceilings.get(s, {})]
+            ceiling = max(known) if len(known) == len(source) and len(source) == 1 else None
+        return {"chance": 1.0 / len(self.attributes[attribute]), "majority": majority, "ceiling": ceiling}
+
+    # -- questions ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def frequencies(self) -> dict[str, float]:
+        """Return how often training posed each direction."""
+        train = TokenData(self.dataset, self.run.config.data.train, self.names)
+        return self.run.mixture.simulate(train.lengths(8192), self.run.config.seed, 16384).directions
+
+    def direction(self, sources: Sequence[str], target: str) -> str:
+        return direction(list(sources), target, self.names)
+
+    def posed(self, name: str) -> Direction:
+        """Return whether training posed a direction."""
+        frequency = self.frequencies.get(name, 0.0)
+        return Direction(value=frequency >= IN_DISTRIBUTION, frequency=round(frequency, 6))
+
+    # -- the model ------------------------------------------------------------------------------------------------
+
+    def slot_nll(self, shown_NC: np.ndarray, asked_NC: np.ndarray) -> np.ndarray:
+        """Return (N, C): -log p in nats of each asked slot (NaN elsewhere)."""
+        out = np.full(asked_NC.shape, np.nan)
+        for a in range(0, self.n, CHUNK):
+            rows = slice(a, a + CHUNK)
+            packed = pack(self.layout, self.ids_NC[rows], shown_NC[rows], asked_NC[rows], self.model.config.registers)
+            with torch.inference_mode():
+                out[rows][asked_NC[rows]] = self.model.nll(packed).numpy()
+        return out
+
+    def slot_logp(self, shown_NC: np.ndarray, target: str) -> np.ndarray:
+        """Return (N, slots, V) fp32: log p of every id at every slot of a grid or codes target, asked whole at once."""
+        columns, parts = self.columns(target), []
+        for a in range(0, self.n, CHUNK):
+            rows = slice(a, a + CHUNK)
+            shown = shown_NC[rows]
+            asked = np.broadcast_to(columns, shown.shape)
+            packed = pack(self.layout, self.ids_NC[rows], shown, asked, self.model.config.registers)
+            with torch.inference_mode():
+                logits = self.model(packed)
+                used = [(i, l) for i, l in zip(packed.group_index, logits, strict=True) if i is not None]
+                whole = torch.empty(len(packed.dec_col), used[0][1].shape[1])
+                for index, l in used:
+                    whole[index] = l.float().log_softmax(-1)
+            parts.append(whole.view(len(shown), -1, whole.shape[1]).numpy())
+        return np.concatenate(parts)
+
+    def text_logp(self, sources: Sequence[str], target: str, texts: list[np.ndarray], owner: np.ndarray) -> np.ndarray:
+        """Return (A,) mean log p per token of texts given the sources of sample `owner`; each source is encoded once."""
+        columns = self.layout.slice(target)
+        shown_NC = self.inside_NC & self.columns(*sources)
+        out = np.zeros(len(texts))
+        order = np.argsort(owner, kind="stable")
+        for a in range(0, self.n, CHUNK):
+            mine = order[(owner[order] >= a) & (owner[order] < a + CHUNK)]
+            for b in range(0, len(mine), 1500):
+                some = mine[b : b + 1500]
+                ids = np.zeros((len(some), self.layout.columns), dtype=np.int64)
+                asked = np.zeros(ids.shape, dtype=bool)
+                for r, t in enumerate(some):
+                    ids[r, columns.start : columns.start + len(texts[t])] = texts[t]
+                    asked[r, columns.start : columns.start + len(texts[t])] = True
+                who, context = np.unique(owner[some], return_inverse=True)
+                packed = pack(self.layout, self.ids_NC[who], shown_NC[who], asked, self.model.config.registers, (ids, context))
+                with torch.inference_mode():
+                    nll = self.model.nll(packed).numpy()
+                lengths = asked.sum(1)
+                out[some] = -np.add.reduceat(nll, np.cumsum(lengths) - lengths) / lengths
+        return out
+
+    def generate(self, sources: Sequence[str], targets: Sequence[str], options: GenerateOptions | None = None) -> np.ndarray:
+        """Return ids (N, C) with the targets generated from the sources; kept for other probes."""
+        options = options or GenerateOptions(seed=self.seed)
+        key = (tuple(sources), tuple(targets), options)
+        if key not in self._generated:
+            known = self.inside_NC & self.columns(*sources)
+            state = State(np.where(known, self.ids_NC, 0), known, np.arange(self.n))
+            chain(self.model, state, targets, options, batch=CHUNK)
+            self._generated[key] = state.ids_BC
+            self._generated[(*key, "known")] = state.known_BC
+        return self._generated[key]
+
+    def decoded(self, sources: Sequence[str], targets: Sequence[str], modality: str, options: GenerateOptions | None = None) -> list[Any]:
+        """Return the raw values of a generated modality."""
+        options = options or GenerateOptions(seed=self.seed)
+        ids = self.generate(sources, targets, options)
+        known = self._generated[(tuple(sources), tuple(targets), options, "known")]
+        columns = self.layout.slice(modality)
+        rows = [i[columns][k[columns]] for i, k in zip(ids, known, strict=True)]
+        tokenizer = self.tokenizer(modality)
+        return [raw for a in range(0, self.n, CHUNK) for raw in tokenizer.decode(rows[a : a + CHUNK])]
+
+
+def missing(context: Context, *modalities: str) -> str | None:
+    """Return what a probe lacks, as text, or None."""
+    lacking = [m for m in modalities if m not in context.names]
+    return f"the run has no {', '.join(lacking)}" if lacking else None

@@ -1,0 +1,117 @@
+"""Run probes on a run: JSON results, the gallery, the report."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nano4m_cli.data._atomic import write_json
+from nano4m_cli.data.workspace import Workspace
+from nano4m_cli.errors import DataError, UnknownNameError
+from nano4m_cli.probes._context import Context
+from nano4m_cli.probes._result import Result
+from nano4m_cli.registry import PROBES
+from nano4m_cli.train.run import open_run
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class EvalReport:
+    """Results in the order they were run, the files written, and probes left out with the reason."""
+
+    run: str
+    results: list[Result] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    report: Path | None = None
+
+
+def kind_of(name: str) -> str:
+    """Return a probe's KIND without importing it: "eval" (what the model can do) or "probe" (its features)."""
+    for node in ast.parse(PROBES._files()[name].read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "KIND":
+            return ast.literal_eval(node.value)
+    raise AssertionError(f"probe file {name}.py has no KIND")
+
+
+def listing(kind: str) -> dict[str, str]:
+    """Return {name: first docstring line} of the probes of a kind."""
+    return {n: PROBES.summary(n) for n in PROBES.names() if kind_of(n) == kind}
+
+
+def evaluate(
+    workspace: Workspace, run_name: str | None, probes: Sequence[str] = (), split: str | None = None,
+    limit: int | None = None, kind: str = "eval", progress: Progress | None = None, seed: int = 0,
+) -> EvalReport:
+    """Run the named probes (default: all of the kind), write eval/<probe>.json each, the gallery and the report.
+
+    The same checkpoint, split and limit give the same files. A probe that the data set or run cannot serve is left
+    out with its reason, unless it was named: then that reason is the error.
+    """
+    progress = progress or (lambda what, done, total: None)
+    known = listing(kind)
+    for name in probes:
+        if name not in known:
+            raise UnknownNameError.of("probe", name, known)
+    run = open_run(workspace, run_name)
+    context = Context(run, split or _held_out(run), limit, seed, progress)
+    report = EvalReport(run.name)
+    folder = run.path / "eval"
+    wanted = list(dict.fromkeys(probes)) or list(known)
+    for i, name in enumerate(wanted):
+        progress(f"probe {name}", i, len(wanted))
+        probe = PROBES.get(name)()
+        lack = probe.missing(context)
+        if lack:
+            if probes:
+                raise DataError(f"probe '{name}' cannot run here: {lack}")
+            report.skipped[name] = lack
+            continue
+        metrics, notes = probe.measure(context)
+        directions = sorted({m.name.rpartition("/")[0] for m in metrics if "->" in m.name})
+        posed = {d: context.posed(d) for d in directions}
+        metrics = [m.model_copy(update={"in_distribution": posed[d].value}) if (d := m.name.rpartition("/")[0]) in posed else m
+                   for m in metrics]
+        result = Result(
+            probe=name, version=probe.version, title=PROBES.summary(name), split=context.split, seed=seed, run=run.name,
+            checkpoint=run.checkpoint.name, data=run.dataset.name, commit=commit(), metrics=metrics, in_distribution=posed,
+            notes=notes, settings={"limit": limit, "samples": context.n},
+        )
+        path = folder / f"{name}.json"
+        write_json(path, result.model_dump(mode="json"))
+        report.results.append(result)
+        report.files.append(path)
+    progress("probes", len(wanted), len(wanted))
+    if kind == "eval" and not probes:
+        from nano4m_cli.probes._gallery import write_gallery
+
+        report.files.append(write_gallery(context, folder / "gallery"))
+    from nano4m_cli.report.build import build
+
+    report.report = build(run.path)
+    return report
+
+
+def _held_out(run) -> str:
+    splits = run.dataset.info().splits
+    for name in ("test", "val"):
+        if splits.get(name):
+            return name
+    raise DataError(f"data set '{run.dataset.name}' has no test or val split", "name one with --split")
+
+
+def commit() -> str | None:
+    """Return the commit of the source tree this package runs from, if it is one; "+" marks local changes."""
+    here = Path(__file__).parent
+    try:
+        ask = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=10)  # noqa: E731
+        head = ask("rev-parse", "--short=12", "HEAD")
+        if head.returncode:
+            return None
+        return head.stdout.strip() + ("+" if ask("status", "--porcelain", "--", ".").stdout.strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,51 @@
+"""The gallery: a few held-out samples in every direction, as files for the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nano4m_cli.data._atomic import atomic_folder, write_json
+from nano4m_cli.probes._context import Context
+from nano4m_cli.probes.crossmodal import EXACT
+from nano4m_cli.registry import MODALITIES
+
+SHOWN = 6
+
+
+def write_gallery(context: Context, folder: Path) -> Path:
+    """Write gallery.json and its media for the first samples of the split: from each source to all it is asked for."""
+    names = context.names
+    plans = [([s], [t for t in names if t != s]) for s in ("caption", "rgb", "audio", "depth") if s in names]
+    if {"audio", "caption", "rgb"} <= set(names):
+        plans.append((["audio", "caption"], ["rgb"]))
+    rows: list[dict[str, Any]] = []
+    few = Context(context.run, context.split, min(SHOWN, context.n), context.seed, context.progress)
+    with atomic_folder(folder) as aside:
+        for p, (sources, targets) in enumerate(plans):
+            context.progress("gallery", p, len(plans))
+            made = {t: few.decoded(sources, [t], t, EXACT if t in ("depth", "normal") else None) for t in targets}
+            for i in range(few.n):
+                key, stem = few.tokens.key(i), f"{'-'.join(sources)}-{i}"
+                rows.append({
+                    "key": key,
+                    "title": f"{' + '.join(sources)} -> {', '.join(targets)}",
+                    "condition": [_item(aside, f"{stem}-given", s, few.raw(s)[i]) for s in sources],
+                    "output": [_item(aside, f"{stem}-made", t, made[t][i]) for t in targets],
+                    "truth": [_item(aside, f"{stem}-true", t, few.raw(t)[i]) for t in targets],
+                })
+        write_json(aside / "gallery.json", {"rows": rows})
+    return folder / "gallery.json"
+
+
+def _item(folder: Path, stem: str, modality: str, raw: Any) -> dict[str, str]:
+    kind = MODALITIES.get(modality)
+    if kind.kind == "text":
+        return {"modality": modality, "kind": "text", "text": raw}
+    picture = folder / f"{stem}-{modality}.png"
+    picture.write_bytes(MODALITIES.get("rgb").to_bytes(kind.show(raw)))
+    if kind.kind == "image":
+        return {"modality": modality, "kind": "image", "file": picture.name}
+    sound = folder / f"{stem}-{modality}{kind.suffix}"
+    kind.write_file(raw, sound)
+    return {"modality": modality, "kind": "audio", "file": sound.name, "picture": picture.name}

@@ -1,0 +1,153 @@
+"""Independent judges: classifiers trained on real raw samples of the train split only, kept with the data set.
+
+A judge sees a picture or a log-mel spectrogram and names, object by object in caption order, every attribute that its
+modality determines. Its own accuracy on real held-out samples stands beside every figure it gives.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nano4m_cli.data._atomic import atomic_folder
+from nano4m_cli.data.shards import Split
+from nano4m_cli.data.workspace import DatasetFolder
+from nano4m_cli.registry import MODALITIES
+from nano4m_cli.rng import permutation, torch_seed
+from nano4m_cli.tokenizers.fsq_mel import Tokenizer as Mel
+
+VERSION = 1
+SAMPLES, STEPS, BATCH = 8_000, 500, 64
+
+
+class Net(nn.Module):
+    """A small residual CNN over (B, C, H, W): one logit vector per object and attribute."""
+
+    def __init__(self, channels: int, outputs: int, width: int = 32):
+        super().__init__()
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.stages = nn.ModuleList()
+        for i in range(3):
+            a, b = width * 2**i, width * 2 ** min(i + 1, 2)
+            self.stages.append(nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU(),
+                                             nn.Conv2d(b, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()))
+        last = width * 4
+        self.head = nn.Sequential(nn.LazyLinear(192), nn.ReLU(), nn.Linear(192, outputs))
+        self.last = last
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(F.adaptive_avg_pool2d(x, (4, 4)).flatten(1))
+
+
+class Judge:
+    """A trained classifier of one modality. `accuracy`: its own, per attribute, on real samples of the split asked."""
+
+    def __init__(self, modality: str, attributes: dict[str, list[str]], objects: int, mel: Mel | None):
+        self.modality, self.attributes, self.objects, self.mel = modality, attributes, objects, mel
+        self.outputs = objects * sum(len(v) for v in attributes.values())
+
+    def _inputs(self, raws: Sequence[Any]) -> Tensor:
+        if self.modality == "audio":
+            mel = torch.cat([self.mel.log_mel(np.stack([self.mel.comparable(r) for r in raws[i : i + 256]]))
+                             for i in range(0, len(raws), 256)])
+            return ((mel + 6.0) / 4.0)[:, None].contiguous()  # (B, 1, frames, mels)
+        x = np.stack(raws).astype(np.float32)
+        return torch.from_numpy((x / 255.0 - 0.5) * 2.0).permute(0, 3, 1, 2).contiguous()
+
+    def _split(self, out: Tensor) -> dict[str, list[Tensor]]:
+        """Return logits per attribute, a list over objects."""
+        parts, at = {}, 0
+        for name, values in self.attributes.items():
+            parts[name] = []
+            for _ in range(self.objects):
+                parts[name].append(out[:, at : at + len(values)])
+                at += len(values)
+        return parts
+
+    def fit(self, raws: Sequence[Any], labels: Sequence[dict], seed: int, progress: Callable[[int, int], None]) -> None:
+        """Train on real samples; objects that a sample lacks do not count."""
+        torch.manual_seed(torch_seed(seed, "judge"))
+        x = self._inputs(raws)
+        self.net = Net(x.shape[1], self.outputs)
+        self.net(x[:2])
+        self.net.train()
+        y = {a: torch.full((len(raws), self.objects), -100) for a in self.attributes}
+        for i, label in enumerate(labels):
+            for o, thing in enumerate(label["objects"]):
+                for a, values in self.attributes.items():
+                    y[a][i, o] = values.index(thing[a])
+        optimizer = torch.optim.AdamW(self.net.parameters(), lr=2e-3, weight_decay=0.02, fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=STEPS)
+        order = np.concatenate([permutation(len(raws), seed, "judge", e) for e in range(-(-STEPS * BATCH // len(raws)))])
+        for step in range(STEPS):
+            rows = torch.from_numpy(order[step * BATCH : (step + 1) * BATCH])
+            image = x[rows]
+            if self.modality != "audio":  # small shifts and noise: generated pictures are not pixel-exact
+                g = torch.Generator().manual_seed(torch_seed(seed, "judge-noise", step))
+                image = image + 0.06 * torch.randn(image.shape, generator=g)
+            parts = self._split(self.net(image))
+            loss = sum(F.cross_entropy(l, y[a][rows, o], ignore_index=-100) for a, ls in parts.items() for o, l in enumerate(ls)
+                       if bool((y[a][rows, o] >= 0).any()))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if step % 50 == 0:
+                progress(step, STEPS)
+        self.net.eval()
+
+    def judge(self, raws: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Return per attribute the named value's index (N, objects)."""
+        x = self._inputs(raws)
+        out: dict[str, list[np.ndarray]] = {a: [] for a in self.attributes}
+        with torch.inference_mode():
+            for i in range(0, len(x), 256):
+                for a, ls in self._split(self.net(x[i : i + 256])).items():
+                    out[a].append(torch.stack([l.argmax(-1) for l in ls], 1).numpy())
+        return {a: np.concatenate(v) for a, v in out.items()}
+
+    def correct(self, raws: Sequence[Any], labels: Sequence[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return per attribute (objects named right, objects there), each (N,), in caption order."""
+        said = self.judge(raws)
+        out = {}
+        for a, values in self.attributes.items():
+            right = [sum(values[said[a][i, o]] == t[a] for o, t in enumerate(l["objects"])) for i, l in enumerate(labels)]
+            out[a] = (np.array(right), np.array([len(l["objects"]) for l in labels]))
+        return out
+
+
+def open_judge(dataset: DatasetFolder, modality: str, progress: Callable[[str, int, int], None]) -> Judge:
+    """Return the data set's judge of a modality, training it on first use."""
+    info = dataset.info()
+    wanted = info.determined.get(modality, [])
+    attributes = {a: info.attributes[a].values for a in wanted}
+    mel = Mel("audio", Mel.Options(), info.sizes["audio"]) if modality == "audio" else None
+    judge = Judge(modality, attributes, info.max_objects, mel)
+    folder = dataset.judge(modality)
+    meta = {"version": VERSION, "attributes": attributes, "objects": info.max_objects, "options": info.options}
+    path = folder / "judge.json"
+    if path.is_file() and json.loads(path.read_text()) == json.loads(json.dumps(meta)):
+        state = load_file(folder / "model.safetensors")
+        judge.net = Net(state["stem.weight"].shape[1], judge.outputs)
+        judge.net.load_state_dict(state)
+        judge.net.eval()
+        return judge
+    raw, kind = Split(dataset.raw("train")), MODALITIES.get(modality)
+    index = np.sort(permutation(len(raw), 0, "judge-samples")[:SAMPLES])
+    values = [kind.from_bytes(raw.read(int(i), kind.ext), kind.ext) for i in index]
+    labels = [json.loads(raw.read(int(i), "labels.json")) for i in index]
+    judge.fit(values, labels, 0, lambda done, total: progress(f"judge of {modality}", done, total))
+    with atomic_folder(folder) as aside:
+        save_file({k: v.contiguous() for k, v in judge.net.state_dict().items()}, aside / "model.safetensors")
+        (aside / "judge.json").write_text(json.dumps(meta))
+    return judge

@@ -1,0 +1,77 @@
+"""The round trip of a tokenizer: raw -> ids -> raw, in figures and as a contact sheet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nano4m_cli.data.loader import read_specs
+from nano4m_cli.data.shards import Split
+from nano4m_cli.data.sheet import write_sheet
+from nano4m_cli.data.workspace import DatasetFolder
+from nano4m_cli.media_compat import ensure_torchaudio
+from nano4m_cli.probes._images import absrel, angle, psnr
+from nano4m_cli.registry import MODALITIES
+from nano4m_cli.spec import TokenSpec
+from nano4m_cli.tokenizers._base import Tokenizer, open_tokenizer
+
+
+def fidelity(tokenizer: Tokenizer, raws: list[Any], ids: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Return per-sample figures (N,) of decoded ids against the raw values, by the modality's kind.
+
+    psnr (dB), ssim for pictures; absrel for depth; angle (degrees) for normals; mel (mean absolute difference of
+    log-mel, nats) for sound, of the codes alone (mel) and after phase reconstruction (mel_wave); equal for text.
+    """
+    kind = MODALITIES.get(tokenizer.modality).kind
+    truth = [tokenizer.comparable(r) for r in raws]
+    made = tokenizer.decode(ids)
+    if tokenizer.modality == "depth":
+        return {"absrel": absrel(made, truth)}
+    if tokenizer.modality == "normal":
+        return {"angle": angle(made, truth)}
+    if kind == "image":
+        return {"psnr": psnr(made, truth), "ssim": _ssim(made, truth)}
+    if kind == "audio":
+        out = {}
+        if hasattr(tokenizer, "log_mel"):
+            real = tokenizer.log_mel(np.stack(truth))
+            out["mel"] = (tokenizer.decode_mel(ids) - real).abs().mean((1, 2)).numpy()
+            out["mel_wave"] = (tokenizer.log_mel(np.stack(made)) - real).abs().mean((1, 2)).numpy()
+        return out
+    return {"equal": np.array([float(a == b) for a, b in zip(made, truth, strict=True)])}
+
+
+def _ssim(made: list[np.ndarray], truth: list[np.ndarray]) -> np.ndarray:
+    ensure_torchaudio()
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    a, b = (torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2).float() / 255 for x in (made, truth))
+    return ssim(a, b, data_range=1.0, reduction="none", sigma=1.0, kernel_size=7).numpy()
+
+
+def codebook(ids: list[np.ndarray], spec: TokenSpec) -> dict[str, float]:
+    """Return the share of codes used and the perplexity of their distribution, as shares of the vocabulary."""
+    counts = np.bincount(np.concatenate(ids), minlength=spec.vocab_size)
+    p = counts[counts > 0] / counts.sum()
+    return {"codes_used": float((counts > 0).mean()), "perplexity": float(np.exp(-(p * np.log(p)).sum()))}
+
+
+def report(dataset: DatasetFolder, modality: str, split: str = "val", limit: int = 200) -> dict[str, Any]:
+    """Return {"figures": {name: mean}, "sheet": path or None} of a tokenised modality; the sheet lies beside spec.json."""
+    if not dataset.info().splits.get(split):
+        split = next(s for s, n in dataset.info().splits.items() if n)
+    tokenizer, kind = open_tokenizer(dataset.tokenizer(modality)), MODALITIES.get(modality)
+    raw = Split(dataset.raw(split))
+    n = min(limit, len(raw))
+    raws = [kind.from_bytes(raw.read(i, kind.ext), kind.ext) for i in range(n)]
+    ids = tokenizer.encode(raws)
+    figures = {k: float(v.mean()) for k, v in fidelity(tokenizer, raws, ids).items()}
+    figures |= codebook(ids, read_specs(dataset, [modality])[0])
+    made = tokenizer.decode(ids[:12])
+    rows = [[kind.show(tokenizer.comparable(r)), kind.show(m)] for r, m in zip(raws[:12], made, strict=True)]
+    sheet: Path = write_sheet(dataset.tokens(modality) / "roundtrip.png", ["raw", "decoded"] * 3,
+                              [sum(rows[i : i + 3], []) for i in range(0, len(rows), 3)])
+    return {"figures": figures, "sheet": str(sheet), "split": split, "n": n}

@@ -1,0 +1,81 @@
+"""Finding the partner among many: one modality ranks another by conditional likelihood and by PMI."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nano4m_cli.probes._base import Probe as Base
+from nano4m_cli.probes._context import Context
+from nano4m_cli.probes._result import Metric, mean_metric
+
+KIND = "eval"
+GALLERY = 200
+TEXT_GALLERY = 100  # texts are scored one by one
+
+
+class Probe(Base):
+    def missing(self, context: Context) -> str | None:
+        return None if len(context.names) > 1 else "the run has one modality only"
+
+    def measure(self, context: Context) -> tuple[list[Metric], list[str]]:
+        metrics = []
+        pairs = [(s, t) for t in context.names for s in context.names if s != t]
+        for i, (source, target) in enumerate(pairs):
+            context.progress(f"retrieval {source}->{target}", i, len(pairs))
+            score = likelihoods(context, source, target)
+            # PMI: what a candidate is likelier given this source than given the gallery's sources on average.
+            top = score.max(0, keepdims=True)
+            pmi = score - (top + np.log(np.exp(score - top).mean(0, keepdims=True)))
+            relevant = relevance(context, len(score))
+            name = context.direction([source], target)
+            for kind, s in (("", pmi), ("likelihood_", score)):
+                best = best_rank(s, relevant)
+                for k in (1, 5):
+                    chance = float(chance_at(relevant, k).mean())
+                    metrics.append(mean_metric(f"{name}/{kind}r{k}", best <= k, chance=chance))
+        what = "the sample itself" if context.info.pairing == "instance" else "any candidate of the same class"
+        return metrics, [
+            f"gallery: the first {min(GALLERY, context.n)} samples ({min(TEXT_GALLERY, context.n)} where text is ranked); "
+            f"right is {what}; ties count against the model; r1, r5 by PMI, likelihood_r1, likelihood_r5 by likelihood",
+            "grids and codes are scored in one pass, slot by slot independent given the source",
+        ]
+
+
+def likelihoods(context: Context, source: str, target: str) -> np.ndarray:
+    """Return (queries, candidates): log p of each candidate's target given each query's source."""
+    spec = context.layout.specs[context.names.index(target)]
+    if spec.kind == "sequence":
+        n = min(TEXT_GALLERY, context.n)
+        texts = context.ids(target)[:n]
+        owner = np.repeat(np.arange(n), n)
+        score = context.text_logp([source], target, texts * n, owner).reshape(n, n)
+        return score * np.array([len(t) for t in texts])
+    n = min(GALLERY, context.n)
+    shown = (context.inside_NC & context.columns(source))[:n]
+    logp = context.slot_logp(shown, target)  # (n, slots, V)
+    ids = context.ids_NC[:n, context.layout.slice(target)]
+    return logp[:, np.arange(ids.shape[1]), ids].sum(-1)
+
+
+def relevance(context: Context, n: int) -> np.ndarray:
+    """Return bool (n, n): which candidates are right for which query."""
+    if context.info.pairing == "instance":
+        return np.eye(n, dtype=bool)
+    first = next(iter(context.attributes))
+    value = np.array([v[0] for v in context.values(first)[:n]])
+    return value[:, None] == value
+
+
+def best_rank(score: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+    """Return per query the rank (from 1) of its best right candidate; equal scores rank before it."""
+    best = np.where(relevant, score, -np.inf).max(1)
+    return 1 + ((score >= best[:, None]) & ~relevant).sum(1)
+
+
+def chance_at(relevant: np.ndarray, k: int) -> np.ndarray:
+    """Return per query the probability that one of k random candidates is right."""
+    n, r = relevant.shape[1], relevant.sum(1)
+    miss = np.ones(len(relevant))
+    for i in range(min(k, n)):
+        miss *= np.clip(n - r - i, 0, None) / (n - i)
+    return 1 - miss

@@ -1,0 +1,27 @@
+"""The tokenizers' own round trip: what no model over these ids can exceed."""
+
+from __future__ import annotations
+
+from nano4m_cli.probes._base import Probe as Base
+from nano4m_cli.probes._context import Context
+from nano4m_cli.probes._result import Metric, mean_metric
+from nano4m_cli.probes._roundtrip import codebook, fidelity
+
+KIND = "eval"
+BETTER = {"psnr", "ssim", "equal", "codes_used"}
+UNITS = {"psnr": "dB", "angle": "degrees", "mel": "nats", "mel_wave": "nats"}
+
+
+class Probe(Base):
+    def measure(self, context: Context) -> tuple[list[Metric], list[str]]:
+        metrics = []
+        for spec in context.layout.specs:
+            name, ids = spec.modality, context.ids(spec.modality)
+            for figure, values in fidelity(context.tokenizer(name), context.raw(name), ids).items():
+                metrics.append(mean_metric(f"{name}/{figure}", values, higher_is_better=figure in BETTER, unit=UNITS.get(figure, "")))
+            for figure, value in codebook(ids, spec).items():
+                metrics.append(Metric(name=f"{name}/{figure}", value=value, n=context.n))
+            fresh = context.tokenizer(name).encode(context.raw(name)[:50])
+            same = [float((a == b).all()) for a, b in zip(fresh, ids[:50], strict=True) if len(a) == len(b)]
+            metrics.append(mean_metric(f"{name}/stored_ids_equal", same or [0.0]))
+        return metrics, ["stored_ids_equal: share of samples whose ids on disk are those that encoding gives now (first 50)"]

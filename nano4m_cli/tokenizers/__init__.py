@@ -1,0 +1,1 @@
+"""Raw <-> ids, one file each."""

@@ -1,0 +1,94 @@
+"""The autoencoder that the FSQ tokenizers share: patches in, one code per patch, patches out.
+
+All work is done at the resolution of the code grid (matrix products, quick on a CPU): a patch embedding, residual
+MLPs that see their own patch only (a code means one place, which keeps codes predictable one by one), FSQ, and
+residual MLPs that also mix over the grid (MLP-Mixer, Tolstikhin et al. 2021), so that a decoded patch fits its
+neighbours. It models the residual to the mean sample of the train split, and weighs each value by how far it lies
+from that mean, so that small foreground objects are not drowned by background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nano4m_cli.tokenizers._fsq import FSQ
+
+
+class Block(nn.Module):
+    """Residual: with `tokens`, a linear mix over the grid's places; then a pointwise MLP. (B, T, D) -> same."""
+
+    def __init__(self, width: int, tokens: int = 0, expand: int = 2):
+        super().__init__()
+        if tokens:
+            self.mix_norm = nn.LayerNorm(width)
+            self.mix = nn.Parameter(torch.zeros(tokens, tokens))
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, width * expand)
+        self.down = nn.Linear(width * expand, width)
+        nn.init.normal_(self.down.weight, std=0.02)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "mix"):
+            x = x + torch.matmul(self.mix, self.mix_norm(x))
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class PatchAutoencoder(nn.Module):
+    """Autoencoder over (B, H, W, P) grids of flattened patches.
+
+    Args:
+        grid: (H, W) of codes. patch: values per patch P. levels: FSQ levels. width, depth: of each half.
+    """
+
+    def __init__(self, grid: tuple[int, int], patch: int, levels: Sequence[int], width: int, depth: int):
+        super().__init__()
+        tokens = grid[0] * grid[1]
+        self.register_buffer("mean", torch.zeros(*grid, patch))
+        self.register_buffer("scale", torch.ones(()))
+        self.place = nn.Parameter(torch.zeros(tokens, width))
+        self.place_out = nn.Parameter(torch.zeros(tokens, width))
+        self.embed = nn.Linear(patch, width)
+        self.encoder = nn.Sequential(*[Block(width) for _ in range(depth)])
+        self.to_code = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(levels)))
+        self.fsq = FSQ(levels)
+        self.from_code = nn.Linear(len(levels), width)
+        self.decoder = nn.Sequential(*[Block(width, tokens) for _ in range(depth)])
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, patch))
+        nn.init.normal_(self.out[1].weight, std=0.02)
+
+    def centre(self, data: Tensor) -> None:
+        """Set mean and scale from (N, H, W, P) samples."""
+        self.mean.copy_(data.float().mean(0))
+        self.scale.copy_((data.float() - self.mean).std().clamp_min(1e-4))
+
+    def encode(self, x_BHWP: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (quantised values (B, H, W, levels), codes (B, H, W))."""
+        z = self.embed(((x_BHWP - self.mean) / self.scale).flatten(1, 2)) + self.place
+        value, codes = self.fsq(self.to_code(self.encoder(z)).float())
+        grid = x_BHWP.shape[1:3]
+        return value.unflatten(1, grid), codes.unflatten(1, grid)
+
+    def decode_values(self, value: Tensor) -> Tensor:
+        """Return (B, H, W, P) from quantised values."""
+        y = self.decoder(self.from_code(value.flatten(1, 2)) + self.place_out)
+        return self.out(y).float().unflatten(1, value.shape[1:3]) * self.scale + self.mean
+
+    def decode(self, codes_BHW: Tensor) -> Tensor:
+        return self.decode_values(self.fsq.decode(codes_BHW))
+
+    def loss(self, x_BHWP: Tensor, emphasis: float) -> tuple[Tensor, Tensor]:
+        """Return (weighted reconstruction loss, plain mean squared error), in units of the data's own spread.
+
+        The weight of a value is 1 + emphasis * min(|value - mean| / scale, 3); loss is smooth L1 plus squares.
+        """
+        value, _ = self.encode(x_BHWP)
+        error = (self.decode_values(value) - x_BHWP) / self.scale
+        far = ((x_BHWP - self.mean) / self.scale).abs().clamp_max(3.0)
+        weight = 1.0 + emphasis * far
+        square = error**2
+        return (weight * (square + 0.3 * error.abs())).sum() / weight.sum(), square.mean() * self.scale**2

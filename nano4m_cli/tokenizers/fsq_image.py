@@ -1,0 +1,174 @@
+"""Pictures (RGB, depth, normals) to a grid of codes: patch autoencoder with finite scalar quantisation.
+
+Preprocessing (one place: `_to_unit`, undone by `_from_unit`): rgb is divided by 255; depth becomes log metres scaled
+to [0, 1] between the nearest and farthest depth of the train split; normals are kept as (x, y, z), decoded vectors
+are brought back to unit length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import field_validator
+from torch import Tensor
+
+from nano4m_cli.config import Config
+from nano4m_cli.errors import ConfigError, MediaError
+from nano4m_cli.spec import TokenSpec
+from nano4m_cli.tokenizers._base import GradientTokenizer, check_ids
+from nano4m_cli.tokenizers._patch_ae import PatchAutoencoder
+
+CHANNELS = {"rgb": 3, "normal": 3, "depth": 1}
+
+
+class Tokenizer(GradientTokenizer):
+    class Options(Config):
+        """patch: pixels per code, each way. levels: FSQ levels. width, depth: of encoder and of decoder."""
+
+        patch: int = 8
+        levels: tuple[int, ...] = (8, 8, 6, 5)
+        width: int = 128
+        depth: int = 2
+        emphasis: float = 2.0
+        fit_samples: int = 12_000
+
+        @field_validator("levels")
+        @classmethod
+        def _levels(cls, v):
+            if not v or min(v) < 2:
+                raise ValueError("every level must be at least 2")
+            return v
+
+    name = "fsq_image"
+    train = {"steps": 1000, "batch": 64, "lr": 3e-3, "optimizer": "muon", "muon_lr": 0.03, "warmup": 40}
+
+    def __init__(self, modality: str, options: Config, size: dict[str, Any]):
+        super().__init__(modality, options, size)
+        if modality not in CHANNELS:
+            raise ConfigError(f"fsq_image serves {', '.join(CHANNELS)}, not '{modality}'")
+        self.height, self.width = size["size"]
+        p = options.patch
+        if self.height % p or self.width % p:
+            raise ConfigError(
+                f"{modality}: pictures of {self.height} x {self.width} do not divide into patches of {p}",
+                f"choose {modality}.patch as a divisor of both",
+            )
+        self.grid = (self.height // p, self.width // p)
+        self.channels = CHANNELS[modality]
+        self.sha256 = ""
+
+    # -- raw <-> patches ------------------------------------------------------------------------------------------
+
+    def _to_unit(self, raw: np.ndarray) -> np.ndarray:
+        """Return float32 (H, W, C) of a raw picture."""
+        if self.modality == "rgb":
+            return raw.astype(np.float32) / 255.0
+        if self.modality == "depth":
+            low, high = self.range
+            return ((np.log(np.maximum(raw, 1e-3)) - low) / (high - low)).astype(np.float32)[..., None]
+        return raw.astype(np.float32)
+
+    def _from_unit(self, x: np.ndarray) -> np.ndarray:
+        """Return the raw picture of float32 (H, W, C)."""
+        if self.modality == "rgb":
+            return np.clip(np.rint(x * 255.0), 0, 255).astype(np.uint8)
+        if self.modality == "depth":
+            low, high = self.range
+            return np.exp(np.clip(x[..., 0], 0, 1) * (high - low) + low).astype(np.float32)
+        return (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6)).astype(np.float32)
+
+    def _patches(self, x: np.ndarray) -> np.ndarray:
+        """(N, H, W, C) -> (N, h, w, p * p * C)."""
+        n, (h, w), p = len(x), self.grid, self.options.patch
+        return x.reshape(n, h, p, w, p, -1).transpose(0, 1, 3, 2, 4, 5).reshape(n, h, w, -1)
+
+    def _pixels(self, patches: np.ndarray) -> np.ndarray:
+        """(N, h, w, p * p * C) -> (N, H, W, C)."""
+        n, (h, w), p = len(patches), self.grid, self.options.patch
+        return patches.reshape(n, h, w, p, p, -1).transpose(0, 1, 3, 2, 4, 5).reshape(n, h * p, w * p, -1)
+
+    def _check(self, raw: np.ndarray, where: str) -> None:
+        if raw.shape[:2] != (self.height, self.width):
+            raise MediaError(
+                f"{where}: {self.modality} is {raw.shape[1]} x {raw.shape[0]} pixels, "
+                f"this tokenizer takes {self.width} x {self.height}",
+                "fetch with the size that the tokenizer was fitted on, or fit a new one",
+            )
+
+    def adapt(self, raw: np.ndarray) -> tuple[np.ndarray, str | None]:
+        if raw.shape[:2] == (self.height, self.width):
+            return raw, None
+        h, w = raw.shape[:2]
+        scale = min(h / self.height, w / self.width)
+        ch, cw = round(self.height * scale), round(self.width * scale)
+        top, left = (h - ch) // 2, (w - cw) // 2
+        box = (left, top, left + cw, top + ch)
+        size = (self.width, self.height)
+        if self.modality == "rgb":
+            out = np.asarray(Image.fromarray(raw).resize(size, Image.Resampling.BOX if scale > 1 else Image.Resampling.BICUBIC, box=box))
+        else:  # depth and normals are never averaged across an edge
+            rows = top + ((np.arange(self.height) + 0.5) * ch / self.height).astype(int)
+            cols = left + ((np.arange(self.width) + 0.5) * cw / self.width).astype(int)
+            out = raw[rows][:, cols]
+        return out, f"{self.modality} of {w} x {h} was cropped to its centre and resized to {self.width} x {self.height}"
+
+    # -- ids ------------------------------------------------------------------------------------------------------
+
+    def spec(self) -> TokenSpec:
+        o = self.options
+        return TokenSpec(
+            modality=self.modality, kind="grid", shape=self.grid, vocab_size=int(np.prod(o.levels)), levels=o.levels,
+            tokenizer=self.ref(self.sha256),
+            preprocess={"size": [self.height, self.width], "scale": {"rgb": "x/255", "depth": "log metres to [0,1]", "normal": "unit xyz"}[self.modality]},
+        )
+
+    def encode(self, raws: Sequence[np.ndarray], where: Sequence[str] | None = None) -> list[np.ndarray]:
+        for i, raw in enumerate(raws):
+            self._check(raw, where[i] if where else f"picture {i}")
+        x = self._patches(np.stack([self._to_unit(r) for r in raws]))
+        with torch.inference_mode():
+            _, codes = self.module.encode(torch.from_numpy(x))
+        return list(codes.reshape(len(raws), -1).numpy())
+
+    def decode(self, ids: Sequence[np.ndarray]) -> list[np.ndarray]:
+        spec = self.spec()
+        codes = np.stack([check_ids(np.asarray(i), self.grid, spec, "decode") for i in ids])
+        with torch.inference_mode():
+            patches = self.module.decode(torch.from_numpy(codes)).numpy()
+        return [self._from_unit(x) for x in self._pixels(patches)]
+
+    # -- fitting --------------------------------------------------------------------------------------------------
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Log of the nearest and farthest depth."""
+        return float(self.module.low), float(self.module.high)
+
+    def fit(self, raws: Iterable[np.ndarray]) -> None:
+        raws = list(raws)
+        for raw in raws:
+            self._check(raw, "the train split")
+        self._make()
+        if self.modality == "depth":
+            stacked = np.stack(raws)
+            self.module.low.fill_(float(np.log(stacked[stacked > 0].min())))
+            self.module.high.fill_(float(np.log(stacked.max())) + 1e-6)
+        self.data = torch.from_numpy(self._patches(np.stack([self._to_unit(r) for r in raws])))
+        self.module.centre(self.data)
+
+    def _make(self) -> None:
+        o = self.options
+        self.module = PatchAutoencoder(self.grid, o.patch**2 * self.channels, o.levels, o.width, o.depth)
+        self.module.register_buffer("low", torch.zeros(()))
+        self.module.register_buffer("high", torch.ones(()))
+
+    def build(self, state: dict[str, Tensor]) -> None:
+        self._make()
+
+    def loss(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, mse = self.module.loss(self.data[index], self.options.emphasis)
+        return loss, {"mse": mse}

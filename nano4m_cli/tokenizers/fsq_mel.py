@@ -1,0 +1,141 @@
+"""Sound to codes: log-mel frames, a patch autoencoder with finite scalar quantisation, phase reconstruction.
+
+Preprocessing (one place: `log_mel`): mono 24 kHz, cut or padded with silence to `seconds`; Hann window of `window`
+samples, hop 250 (96 frames/s); `mels` bands between `low_hz` and `high_hz`; natural log of power with a floor of
+1e-5. A code covers `frames` successive frames. Decoding inverts the mel bands and runs Griffin-Lim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nano4m_cli.config import Config
+from nano4m_cli.errors import MediaError
+from nano4m_cli.media_compat import ensure_torchaudio
+from nano4m_cli.spec import TokenSpec
+from nano4m_cli.tokenizers._base import GradientTokenizer, check_ids
+from nano4m_cli.tokenizers._patch_ae import PatchAutoencoder
+
+RATE, HOP = 24_000, 250
+FLOOR = 1e-5
+
+
+class Tokenizer(GradientTokenizer):
+    class Options(Config):
+        """frames: mel frames per code. window: samples per analysis window. griffin_lim: iterations when decoding."""
+
+        frames: int = 3
+        mels: int = 64
+        window: int = 1024
+        low_hz: float = 40.0
+        high_hz: float = 12_000.0
+        levels: tuple[int, ...] = (8, 5, 5, 5)
+        width: int = 128
+        depth: int = 2
+        emphasis: float = 1.0
+        griffin_lim: int = 32
+        fit_samples: int = 8_000
+
+    name = "fsq_mel"
+    train = {"steps": 600, "batch": 64, "lr": 3e-3, "optimizer": "muon", "muon_lr": 0.03, "warmup": 40}
+
+    def __init__(self, modality: str, options: Config, size: dict[str, Any]):
+        super().__init__(modality, options, size)
+        step = HOP * options.frames
+        self.samples = -(-round(size["seconds"] * RATE) // step) * step
+        self.steps = self.samples // step
+        self.sha256 = ""
+        ensure_torchaudio()
+        import torchaudio.functional as A
+
+        bins = options.window // 2 + 1
+        self.bank = A.melscale_fbanks(bins, options.low_hz, options.high_hz, options.mels, RATE, norm=None, mel_scale="htk")
+        self.hann = torch.hann_window(options.window)
+
+    def _fixed(self, raw: np.ndarray) -> np.ndarray:
+        """Return the sound cut or padded with silence to the fixed number of samples."""
+        return np.pad(raw[: self.samples], (0, max(0, self.samples - len(raw)))).astype(np.float32)
+
+    def comparable(self, raw: np.ndarray) -> np.ndarray:
+        return self._fixed(raw)
+
+    def adapt(self, raw: np.ndarray) -> tuple[np.ndarray, str | None]:
+        if len(raw) == self.samples:
+            return raw, None
+        how = "cut" if len(raw) > self.samples else "padded with silence"
+        return self._fixed(raw), f"{self.modality} of {len(raw) / RATE:.2f} s was {how} to {self.samples / RATE:.2f} s"
+
+    def log_mel(self, waves_BN: np.ndarray | Tensor) -> Tensor:
+        """Return float32 (B, frames, mels) of (B, samples)."""
+        x = torch.as_tensor(waves_BN)
+        w = self.options.window
+        spectrum = torch.stft(x, w, HOP, window=self.hann, center=True, pad_mode="constant", return_complex=True)
+        power = spectrum.abs()[..., :-1] ** 2  # the last frame is centred on the end of the clip
+        return torch.log(torch.einsum("bft,fm->btm", power, self.bank) + FLOOR)
+
+    def _patches(self, raws: Sequence[np.ndarray]) -> Tensor:
+        """Return (B, steps, 1, frames * mels)."""
+        mel = self.log_mel(np.stack([self._fixed(r) for r in raws]))
+        return mel.reshape(len(raws), self.steps, 1, -1)
+
+    def spec(self) -> TokenSpec:
+        o = self.options
+        return TokenSpec(
+            modality=self.modality, kind="codes", shape=(self.steps, 1), vocab_size=int(np.prod(o.levels)),
+            levels=o.levels, tokenizer=self.ref(self.sha256),
+            preprocess={"rate": RATE, "samples": self.samples, "hop": HOP, "window": o.window, "mels": o.mels},
+        )
+
+    def encode(self, raws: Sequence[np.ndarray], where: Sequence[str] | None = None) -> list[np.ndarray]:
+        for i, raw in enumerate(raws):
+            if raw.ndim != 1 or not len(raw) or not np.isfinite(raw).all():
+                raise MediaError(f"{where[i] if where else f'sound {i}'}: empty, not mono, or not finite")
+        with torch.inference_mode():
+            _, codes = self.module.encode(self._patches(raws))
+        return list(codes.reshape(len(raws), -1).numpy())
+
+    def decode_mel(self, ids: Sequence[np.ndarray]) -> Tensor:
+        """Return the log-mel (B, frames, mels) that the ids stand for."""
+        spec = self.spec()
+        codes = np.stack([check_ids(np.asarray(i), (self.steps, 1), spec, "decode") for i in ids])
+        with torch.inference_mode():
+            return self.module.decode(torch.from_numpy(codes)).reshape(len(ids), self.steps * self.options.frames, -1)
+
+    def decode(self, ids: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return list(self.to_wave(self.decode_mel(ids)))
+
+    def to_wave(self, log_mel_BTM: Tensor) -> np.ndarray:
+        """Return (B, samples): least-squares inversion of the mel bands, then Griffin-Lim from a fixed phase."""
+        import torchaudio.functional as A
+
+        power = (log_mel_BTM.float().exp() - FLOOR).clamp_min(0)
+        inverse = torch.linalg.pinv(self.bank)  # (mels, bins)
+        magnitude = (power @ inverse).clamp_min(0).sqrt().transpose(1, 2)
+        magnitude = torch.cat([magnitude, magnitude[..., -1:]], -1)
+        wave = A.griffinlim(
+            magnitude, self.hann, self.options.window, HOP, self.options.window, 1.0,
+            self.options.griffin_lim, 0.99, self.samples, False,
+        )
+        return wave.clamp(-1, 1).numpy()
+
+    def fit(self, raws: Iterable[np.ndarray]) -> None:
+        self._make()
+        raws = list(raws)
+        self.data = torch.cat([self._patches(raws[i : i + 256]) for i in range(0, len(raws), 256)])
+        self.module.centre(self.data)
+
+    def _make(self) -> None:
+        o = self.options
+        self.module = PatchAutoencoder((self.steps, 1), o.frames * o.mels, o.levels, o.width, o.depth)
+
+    def build(self, state: dict[str, Tensor]) -> None:
+        self._make()
+
+    def loss(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, mse = self.module.loss(self.data[index], self.options.emphasis)
+        return loss, {"mse": mse}

@@ -1,0 +1,121 @@
+"""What a training config holds. `task: fourm` trains a model on token shards, `task: tokenizer` fits a tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from nano4m_cli.config import Config, apply_overrides, build, load_yaml
+from nano4m_cli.errors import ConfigError, did_you_mean
+from nano4m_cli.masking._mixture import MaskingConfig
+from nano4m_cli.model.fourm import FourMConfig
+
+
+class DataConfig(Config):
+    """dataset: folder below data/ (null: the only or newest one). modalities: in model order (empty: all tokenised)."""
+
+    dataset: str | None = None
+    modalities: list[str] = []
+    train: str = "train"
+    val: str = "val"
+
+
+class TrainConfig(Config):
+    """One optimisation.
+
+    batch: samples per step; split into `accumulate` parts that are computed one after the other.
+    lr: of AdamW; muon_lr: of Muon, which takes the hidden matrices where optimizer is muon.
+    schedule: warmup is linear; cosine to min_lr * lr; wsd keeps lr and decays linearly over the last `decay` share.
+    ema: decay of the averaged weights that are evaluated (0: none).
+    precision: auto is bf16 where the hardware multiplies bf16, else fp32.
+    workers: loader processes (0: in the training process); the data do not depend on it.
+    """
+
+    steps: int = Field(1000, ge=1)
+    batch: int = Field(64, ge=1)
+    accumulate: int = Field(1, ge=1)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    muon_lr: float = Field(0.015, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup: int = Field(50, ge=0)
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    decay: float = Field(0.3, ge=0, le=1)
+    min_lr: float = Field(0.02, ge=0, le=1)
+    clip: float = Field(1.0, gt=0)
+    ema: float = Field(0.0, ge=0, lt=1)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
+    log_every: int = Field(25, ge=1)
+    val_every: int = Field(250, ge=1)
+    val_samples: int = Field(400, ge=1)
+    checkpoint_every: int = Field(500, ge=1)
+    keep: int = Field(2, ge=1)
+    workers: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainConfig:
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch {self.batch} does not divide into {self.accumulate} parts")
+        return self
+
+
+class RunConfig(Config):
+    """A run: data, model, masking, loss weights per modality, training."""
+
+    task: Literal["fourm"] = "fourm"
+    name: str
+    seed: int = Field(0, ge=0)
+    data: DataConfig = DataConfig()
+    model: FourMConfig = FourMConfig()
+    masking: MaskingConfig = MaskingConfig()
+    loss_weights: dict[str, float] = {}
+    train: TrainConfig = TrainConfig()
+
+    @field_validator("loss_weights")
+    @classmethod
+    def _weights(cls, v):
+        if any(w < 0 for w in v.values()):
+            raise ValueError("loss weights are not negative")
+        return v
+
+
+class TokenizerChoice(Config):
+    modality: str
+    name: str | None = None
+    options: dict[str, Any] = {}
+
+
+class TokenizerRunConfig(Config):
+    """Fitting one tokenizer on a data set's train split."""
+
+    task: Literal["tokenizer"]
+    name: str
+    seed: int = Field(0, ge=0)
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerChoice
+    train: TrainConfig = TrainConfig()
+
+
+TASKS: dict[str, type[Config]] = {"fourm": RunConfig, "tokenizer": TokenizerRunConfig}
+
+
+def load_run_config(path: Path, overrides: list[str]) -> RunConfig | TokenizerRunConfig:
+    """Read a training config; the run is named after the file unless the config names it."""
+    data = apply_overrides(load_yaml(path), overrides)
+    data.setdefault("name", Path(path).stem)
+    return parse_run_config(data, str(path))
+
+
+def parse_run_config(data: dict, where: str) -> RunConfig | TokenizerRunConfig:
+    """Validate a mapping as the config of its task."""
+    task = data.get("task", "fourm")
+    if task not in TASKS:
+        raise ConfigError(f"{where}: unknown task '{task}'", did_you_mean(str(task), TASKS))
+    config = build(TASKS[task], data, where)
+    if not config.name or "/" in config.name or config.name.startswith("."):
+        raise ConfigError(f"{where}: '{config.name}' cannot be the name of a run's folder")
+    return config

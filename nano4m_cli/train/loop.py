@@ -1,0 +1,297 @@
+"""The one training loop. It knows a `Task` (model, batches, loss, validation) and nothing of modalities or displays.
+
+All randomness is a function of (seed, step), so the loop's whole state is step, weights, averaged weights and
+optimizer: a resumed run equals an uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nano4m_cli.data._atomic import atomic_file
+from nano4m_cli.errors import TrainingError
+from nano4m_cli.rng import torch_seed
+from nano4m_cli.train import checkpoint
+from nano4m_cli.train.config import TrainConfig
+from nano4m_cli.train.optim import build_optimizers
+from nano4m_cli.train.schedule import lr_factor
+
+
+class Task(Protocol):
+    """What is trained. `batch(step)` is a function of the step alone and may run in another process."""
+
+    model: nn.Module
+
+    def batch(self, step: int) -> list[Any]:
+        """Return the step's parts (gradient accumulation), each with what `loss` needs."""
+
+    def loss(self, part: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the part's share of the step's loss, and named figures that sum over parts."""
+
+    def validate(self) -> dict[str, float]:
+        """Return named figures on the validation data, by fixed masks; "loss" among them."""
+
+    def keys(self, step: int) -> list[str]:
+        """Return the keys of the samples of a step, for error messages."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must say besides weights."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What the loop calls back with. kind: "train", "val", "checkpoint", "done"."""
+
+    kind: str
+    step: int
+    steps: int
+    figures: dict[str, float]
+
+
+Callback = Callable[[StepRecord], None]
+
+
+class Stopped(Exception):
+    """Training was asked to stop (signal or Ctrl-C); a checkpoint of `step` was written."""
+
+    def __init__(self, step: int, signum: int):
+        super().__init__(f"stopped at step {step}")
+        self.step, self.signum = step, signum
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype | None:
+    """Return the autocast dtype, or None for fp32. auto: bf16 where the hardware multiplies it."""
+    if precision == "fp32":
+        return None
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported()
+    else:
+        able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if able else None
+
+
+class Trainer:
+    """Runs a task to its last step.
+
+    Args:
+        run: the run's folder (None: nothing is written, no checkpoints).
+        header: what state.json of every checkpoint says of the run.
+    """
+
+    def __init__(self, task: Task, config: TrainConfig, seed: int, run: Path | None, header: dict[str, Any] | None = None,
+                 device: str = "cpu", callback: Callback | None = None):
+        self.task, self.c, self.seed, self.run = task, config, seed, run
+        self.device = torch.device(device)
+        self.header = header or {}
+        self.callback = callback or (lambda record: None)
+        self.model = task.model.to(self.device)
+        self.optimizers = build_optimizers(self.model, config)
+        self.dtype = resolve_precision(config.precision, self.device)
+        self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()} if config.ema else None
+        self.step = 0
+        self._stop: int | None = None
+        self._written = -1
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def resume(self) -> int:
+        """Load the newest checkpoint and drop later metrics; return the step to go on from."""
+        point = checkpoint.load(checkpoint.latest(self.run))
+        self.model.load_state_dict({k: v.to(self.device) for k, v in point.tensors["model"].items()})
+        checkpoint.unpack_optimizers(self.optimizers, point.tensors["optimizer"])
+        if self.ema is not None:
+            for k, v in point.tensors["ema"].items():
+                self.ema[k].copy_(v)
+        self.step = self._written = point.state["step"]
+        path = self.run / "metrics.jsonl"
+        if path.is_file():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= self.step]
+            with atomic_file(path) as file:
+                file.write("".join(line + "\n" for line in kept).encode())
+        return self.step
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step, once."""
+        if self.run is None or self._written == self.step:
+            return
+        tensors = {"model": dict(self.model.state_dict()), "optimizer": checkpoint.pack_optimizers(self.optimizers)}
+        if self.ema is not None:
+            tensors["ema"] = self.ema
+        path = checkpoint.save(self.run, self.step, tensors, {**self.header, **self.task.state()}, self.c.keep)
+        self._written = self.step
+        self.callback(StepRecord("checkpoint", self.step, self.c.steps, {}))
+        assert path.is_dir(), path
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Swap the averaged weights in, for evaluation."""
+        if self.ema is None:
+            yield
+            return
+        params = dict(self.model.named_parameters())
+        before = {k: p.detach().clone() for k, p in params.items()}
+        with torch.no_grad():
+            for k, p in params.items():
+                p.copy_(self.ema[k])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for k, p in params.items():
+                    p.copy_(before[k])
+
+    # -- running --------------------------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, float]:
+        """Train from the current step to the last; return the final validation figures.
+
+        SIGTERM, SIGUSR1 and Ctrl-C end the current step, write a checkpoint and raise `Stopped`.
+        """
+        with self._signals():
+            figures: dict[str, float] = {}
+            clock, since = time.perf_counter(), self.step
+            window: list[dict[str, float]] = []
+            loader = self._loader()
+            for parts in loader:
+                window.append(self._one_step(parts))
+                if self.step % self.c.log_every == 0 or self.step == self.c.steps:
+                    now = time.perf_counter()
+                    mean = {k: sum(w[k] for w in window if k in w) / sum(k in w for w in window) for w0 in window for k in w0}
+                    mean["samples_per_s"] = (self.step - since) * self.c.batch / max(now - clock, 1e-9)
+                    self._record("train", mean)
+                    window, clock, since = [], now, self.step
+                if self.step % self.c.val_every == 0 or self.step == self.c.steps:
+                    before = time.perf_counter()
+                    figures = self.validate()
+                    self._record("val", figures)
+                    clock += time.perf_counter() - before
+                if self.step % self.c.checkpoint_every == 0 or self.step == self.c.steps:
+                    self.save()
+                if self._stop is not None:
+                    self.save()
+                    raise Stopped(self.step, self._stop)
+            self._record("done", figures)
+            return figures
+
+    def validate(self) -> dict[str, float]:
+        self.model.eval()
+        with self.averaged(), torch.no_grad(), self._autocast():
+            figures = self.task.validate()
+        self.model.train()
+        return figures
+
+    def _one_step(self, parts: list[Any]) -> dict[str, float]:
+        self.model.train()
+        torch.manual_seed(torch_seed(self.seed, "dropout", self.step))
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        figures: dict[str, Tensor] = {}
+        for part in parts:
+            with self._autocast():
+                loss, named = self.task.loss(part)
+            loss.backward()
+            for k, v in {"loss": loss, **named}.items():
+                figures[k] = figures.get(k, 0.0) + v.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.c.clip)
+        if not (math.isfinite(float(figures["loss"])) and math.isfinite(float(norm))):
+            self._not_finite(figures, float(norm))
+        factor = lr_factor(self.step, self.c)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            optimizer.step()
+        self.step += 1
+        if self.ema is not None:
+            # The average forgets its start: early on it is over the steps so far.
+            decay = min(self.c.ema, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.model.parameters()], 1 - decay)
+        return {**{k: float(v) for k, v in figures.items()}, "grad_norm": float(norm), "lr": self.c.lr * factor}
+
+    def _not_finite(self, figures: dict[str, Tensor], norm: float) -> None:
+        named = ", ".join(f"{k}={float(v):.4g}" for k, v in figures.items())
+        keys = self.task.keys(self.step)
+        shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+        last = checkpoint.checkpoints(self.run) if self.run else []
+        raise TrainingError(
+            f"step {self.step + 1}: loss or gradient is not finite ({named}, grad_norm={norm:.4g}); samples: {shown}",
+            f"last good checkpoint: {last[-1] if last else 'none yet'}; look at the samples, lower train.lr, or set "
+            "train.precision=fp32",
+        )
+
+    def _autocast(self):
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def _record(self, kind: str, figures: dict[str, float]) -> None:
+        if self.run is not None and kind != "done":
+            line = json.dumps({"kind": kind, "step": self.step, "time": round(time.time(), 3), **figures})
+            with open(self.run / "metrics.jsonl", "a") as file:
+                file.write(line + "\n")
+        self.callback(StepRecord(kind, self.step, self.c.steps, figures))
+
+    def _loader(self):
+        """Yield the parts of every step to come; with workers, made ahead in other processes."""
+        todo = range(self.step, self.c.steps)
+        if self.c.workers == 0:
+            return (self._move(self.task.batch(s)) for s in todo)
+        loader = torch.utils.data.DataLoader(
+            _Steps(self.task), batch_size=None, sampler=list(todo), num_workers=self.c.workers, prefetch_factor=4,
+        )
+        return (self._move(parts) for parts in loader)
+
+    def _move(self, parts: list[Any]) -> list[Any]:
+        return parts if self.device.type == "cpu" else [p.to(self.device) for p in parts]
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn the stopping signals into a flag that the loop reads between steps."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(signum: int, frame: Any) -> None:
+            if self._stop is not None and signum == signal.SIGINT:
+                raise KeyboardInterrupt  # the second Ctrl-C does not wait
+            self._stop = signum
+
+        wanted = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGUSR1] if os.name == "posix" else [])
+        before = {s: signal.signal(s, ask) for s in wanted}
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+
+class _Steps(torch.utils.data.Dataset):
+    """`task.batch` as a map-style data set over steps."""
+
+    def __init__(self, task: Task):
+        self.task = task
+
+    def __getitem__(self, step: int) -> list[Any]:
+        return self.task.batch(step)
+
+    def __len__(self) -> int:
+        return 1 << 40
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return 1 << 60  # a line cut by a kill

@@ -1,0 +1,202 @@
+"""A run: its folder, its config, and what belongs together in it. `prepare` to start or resume, `open_run` to use."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nano4m_cli import __version__
+from nano4m_cli.config import dump_yaml, load_yaml
+from nano4m_cli.data._atomic import atomic_file
+from nano4m_cli.data.loader import TokenData
+from nano4m_cli.data.workspace import DatasetFolder, Workspace
+from nano4m_cli.errors import CheckpointError, ConfigError, DataError
+from nano4m_cli.masking._mixture import MaskReport, Mixture
+from nano4m_cli.model.fourm import FourM
+from nano4m_cli.rng import torch_seed
+from nano4m_cli.spec import Layout, TokenSpec
+from nano4m_cli.train import checkpoint
+from nano4m_cli.train.config import RunConfig, parse_run_config
+from nano4m_cli.train.loop import StepRecord, Trainer
+from nano4m_cli.train.tasks import FourMTask
+
+# Settings of a run that do not change what it computes; a resume may change them.
+FREE = ("log_every", "checkpoint_every", "keep", "workers")
+DRY_SAMPLES = 8192
+
+
+@dataclass
+class Prepared:
+    """A run ready to start: `summary` says what it is, `masks` what its masking shows."""
+
+    config: RunConfig
+    folder: Path
+    dataset: DatasetFolder
+    task: FourMTask
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def masks(self, samples: int = DRY_SAMPLES) -> MaskReport:
+        return self.task.mixture.simulate(self.task.train.lengths(samples), self.config.seed, samples)
+
+
+def prepare(config: RunConfig, workspace: Workspace) -> Prepared:
+    """Open data and build the model of a config; nothing is written."""
+    dataset = workspace.dataset(config.data.dataset)
+    modalities = config.data.modalities or _in_order(dataset)
+    if not modalities:
+        raise DataError(f"data set '{dataset.name}' has no tokens", "run 'nano4m tokenize' first")
+    train = TokenData(dataset, config.data.train, modalities)
+    has_val = dataset.tokens(modalities[0], config.data.val).is_dir()
+    val = TokenData(dataset, config.data.val, modalities) if has_val else None
+    torch.manual_seed(torch_seed(config.seed, "init"))
+    model = FourM(config.model, train.layout)
+    # The data set and modalities that were chosen are part of the run from here on.
+    data = config.data.model_copy(update={"dataset": dataset.name, "modalities": list(modalities)})
+    config = config.model_copy(update={"data": data})
+    task = FourMTask(config, train, val, model)
+    summary = {
+        "run": config.name,
+        "dataset": dataset.name,
+        "train_samples": len(train),
+        "val_samples": len(val) if val else 0,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": config.train.steps,
+        "samples_per_step": config.train.batch,
+        "epochs": round(config.train.steps * config.train.batch / len(train), 2),
+        "modalities": {s.modality: f"{s.kind} {'x'.join(map(str, s.shape))} of {s.vocab_size}" for s in train.layout.specs},
+    }
+    return Prepared(config, workspace.root / "runs" / config.name, dataset, task, summary)
+
+
+def _in_order(dataset: DatasetFolder) -> list[str]:
+    """Return the tokenised modalities in the data set's own order."""
+    have = dataset.tokenised()
+    first = [m for m in dataset.info().modalities if m in have] if dataset.info_path.is_file() else []
+    return first + [m for m in have if m not in first]
+
+
+def start(prepared: Prepared, resume: bool, device: str, callback: Callable[[StepRecord], None]) -> dict[str, float]:
+    """Train a prepared run to its end and return the last validation figures.
+
+    Without `resume` a run folder that holds checkpoints is not touched; with it, config and tokens must be those the
+    run was started with.
+    """
+    run, config = prepared.folder, prepared.config
+    config_path = run / "config.yaml"
+    exists = bool(checkpoint.checkpoints(run))
+    if exists and not resume:
+        same = not _differences(load_yaml(config_path), config) if config_path.is_file() else False
+        raise CheckpointError(
+            f"run '{config.name}' exists already ({checkpoint.latest(run).name} in {run})"
+            + ("" if same else " and belongs to another config"),
+            "go on with --resume, or start another with name=NEW" if same else f"start another with name=NEW, or delete {run}",
+        )
+    if exists:
+        if not config_path.is_file():
+            raise CheckpointError(f"{run} has checkpoints but no config.yaml")
+        changed = _differences(load_yaml(config_path), config)
+        if changed:
+            raise ConfigError(
+                f"run folder {run} belongs to another config; these differ: " + "; ".join(changed[:6]),
+                "resume with the settings it was started with, or start another run with name=NEW",
+            )
+        specs = checkpoint.load(checkpoint.latest(run), parts=()).state["specs"]
+        check_specs([TokenSpec.model_validate(s) for s in specs], prepared.task.layout.specs)
+    run.mkdir(parents=True, exist_ok=True)
+    with atomic_file(config_path) as file:
+        file.write(dump_yaml(config).encode())
+    header = {"version": __version__, "task": config.task, "created": round(time.time(), 1)}
+    trainer = Trainer(prepared.task, config.train, config.seed, run, header, device, callback)
+    if exists:
+        trainer.resume()
+        if trainer.step >= config.train.steps:
+            return trainer.validate()
+    else:
+        (run / "metrics.jsonl").unlink(missing_ok=True)
+    return trainer.fit()
+
+
+def check_specs(then: list[TokenSpec], now: list[TokenSpec]) -> None:
+    """Raise CheckpointError where the tokens on disk are not those of the checkpoint; it names the modality."""
+    by_name = {s.modality: s for s in now}
+    for spec in then:
+        other = by_name.get(spec.modality)
+        difference = "it is not there" if other is None else spec.same_ids_as(other)
+        if difference:
+            raise CheckpointError(
+                f"the {spec.modality} tokens are not those this run was trained on: {difference}",
+                "use the data set with the tokenizers of the run, or train again",
+            )
+
+
+def _differences(before: dict, config: RunConfig) -> list[str]:
+    """Return "key: before -> now" for every setting that matters and differs."""
+    old = parse_run_config(before, "config.yaml").model_dump(mode="json")
+    new = config.model_dump(mode="json")
+
+    def walk(a: Any, b: Any, path: tuple[str, ...]) -> list[str]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            return [d for k in {**a, **b} for d in walk(a.get(k), b.get(k), (*path, k))]
+        if a == b or (len(path) == 2 and path[0] == "train" and path[1] in FREE):
+            return []
+        return [f"{'.'.join(path)}: {a} -> {b}"]
+
+    return walk(old, new, ())
+
+
+@dataclass
+class OpenRun:
+    """A trained run, ready to be used: model in eval mode with averaged weights where the run keeps them."""
+
+    path: Path
+    config: RunConfig
+    model: FourM
+    layout: Layout
+    step: int
+    dataset: DatasetFolder
+    checkpoint: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def mixture(self) -> Mixture:
+        return Mixture(self.config.masking, self.layout)
+
+
+def open_run(workspace: Workspace, name: str | None = None, device: str = "cpu") -> OpenRun:
+    """Load the newest checkpoint of a run (default: the newest run)."""
+    path = workspace.run(name)
+    config = parse_run_config(load_yaml(path / "config.yaml"), str(path / "config.yaml"))
+    newest = checkpoint.latest(path)
+    point = checkpoint.load(newest, parts=("model", "ema"))
+    layout = Layout([TokenSpec.model_validate(s) for s in point.state["specs"]])
+    model = FourM(config.model, layout)
+    state = point.tensors["model"]
+    state.update(point.tensors.get("ema", {}))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as err:
+        raise CheckpointError(f"{newest} does not fit its own config: {err}") from err
+    model.eval().requires_grad_(False).to(device)
+    dataset = workspace.dataset(config.data.dataset)
+    return OpenRun(path, config, model, layout, point.state["step"], dataset, newest)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl (a line cut by a kill is left out)."""
+    out = []
+    path = run / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            out.append(json.loads(line))
+        except ValueError:
+            continue
+    return out

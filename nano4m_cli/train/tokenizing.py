@@ -1,0 +1,266 @@
+"""Raw shards to token shards: fit tokenizers that are missing, encode shard by shard, check what is there."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nano4m_cli.config import apply_overrides, build
+from nano4m_cli.data._atomic import atomic_folder, write_json
+from nano4m_cli.data.fetch import Progress, usable_cores
+from nano4m_cli.data.loader import TokenData
+from nano4m_cli.data.shards import Shard, Split, check_aligned, index_path, read_index, shard_paths, verify_shard, write_shard
+from nano4m_cli.data.workspace import DatasetFolder
+from nano4m_cli.errors import ConfigError, DataError, ShardError, UnknownNameError, did_you_mean
+from nano4m_cli.registry import MODALITIES, TOKENIZERS
+from nano4m_cli.rng import permutation, torch_seed
+from nano4m_cli.spec import TokenSpec, read_spec
+from nano4m_cli.tokenizers._base import GradientTokenizer, Tokenizer, open_tokenizer, save_tokenizer
+from nano4m_cli.train.config import TokenizerRunConfig, TrainConfig
+from nano4m_cli.train.loop import StepRecord, Trainer
+from nano4m_cli.train.tasks import TokenizerTask
+
+BATCH = 250
+
+
+def choose_modalities(dataset: DatasetFolder, wanted: Sequence[str]) -> list[str]:
+    """Return the modalities to tokenize: those named, else all that the data set has."""
+    have = dataset.info().modalities
+    for name in wanted:
+        if name not in have:
+            if name not in MODALITIES:
+                raise UnknownNameError.of("modality", name, MODALITIES.names())
+            raise DataError(f"data set '{dataset.name}' has no {name}", did_you_mean(name, have))
+    return list(dict.fromkeys(wanted)) or have
+
+
+def make_tokenizer(dataset: DatasetFolder, modality: str, name: str | None, options: dict[str, Any]) -> Tokenizer:
+    """Return an unfitted tokenizer: the modality's default, with the data set's hints, then the given options."""
+    info = dataset.info()
+    hints = dict(info.tokenizers.get(modality, {}))
+    chosen = name or hints.pop("name", None) or MODALITIES.get(modality).tokenizer
+    cls = TOKENIZERS.get(chosen)
+    if name is not None and name != info.tokenizers.get(modality, {}).get("name", MODALITIES.get(modality).tokenizer):
+        hints = {}  # hints are for the tokenizer they were written for
+    merged = {**MODALITIES.get(modality).tokenizer_config, **hints, **options}
+    return cls(modality, build(cls.Options, merged, f"tokenizer '{chosen}'"), info.sizes.get(modality, {}))
+
+
+def read_raw(dataset: DatasetFolder, split: str, modality: str, index: Sequence[int]) -> list[Any]:
+    """Return raw values of samples by position in the split."""
+    shards, kind = Split(dataset.raw(split)), MODALITIES.get(modality)
+    out = []
+    for i in index:
+        shard, j = shards.locate(int(i))
+        out.append(kind.from_bytes(shard.read(j, kind.ext), f"{shard.path}, '{shard.keys[j]}', {kind.ext}"))
+    return out
+
+
+def fit_tokenizer(
+    dataset: DatasetFolder, tokenizer: Tokenizer, seed: int = 0, train: TrainConfig | None = None,
+    callback: Callable[[StepRecord], None] | None = None, run: Path | None = None, resume: bool = False, split: str = "train",
+) -> None:
+    """Fit a tokenizer on the train split and save it below the data set's tokenizers/."""
+    n = len(Split(dataset.raw(split)))
+    some = permutation(n, seed, "fit")[: getattr(tokenizer.options, "fit_samples", n)]
+    torch.manual_seed(torch_seed(seed, "tokenizer"))
+    tokenizer.fit(read_raw(dataset, split, tokenizer.modality, np.sort(some)))
+    if isinstance(tokenizer, GradientTokenizer):
+        config = train or build(TrainConfig, default_training(tokenizer), "tokenizer training")
+        task = TokenizerTask(tokenizer, seed, config.batch)
+        trainer = Trainer(task, config, seed, run, {"task": "tokenizer"}, callback=callback)
+        if resume:
+            trainer.resume()
+        trainer.fit()
+        tokenizer.module.eval()
+    with atomic_folder(dataset.tokenizer(tokenizer.modality)) as folder:
+        save_tokenizer(tokenizer, folder)
+
+
+def default_training(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the training settings a tokenizer is fitted with unless a config says otherwise."""
+    steps = tokenizer.train.get("steps", 500)
+    return {"log_every": 100, "val_every": steps, "checkpoint_every": steps, **tokenizer.train}
+
+
+def tokenizer_for(dataset: DatasetFolder, modality: str, overrides: Sequence[str], callback=None) -> tuple[Tokenizer, bool]:
+    """Return (the data set's tokenizer of a modality, whether it was fitted now).
+
+    Overrides are "option=value" of the tokenizer (and "name=..."); where a fitted one was made with others, a
+    ConfigError says so, since its tokens may be in use.
+    """
+    options = apply_overrides({}, overrides)
+    name = options.pop("name", None)
+    folder = dataset.tokenizer(modality)
+    fresh = make_tokenizer(dataset, modality, name, options)
+    if (folder / "tokenizer.json").is_file():
+        there = open_tokenizer(folder)
+        if overrides and (there.name, there.options) != (fresh.name, fresh.options):
+            raise ConfigError(
+                f"{modality} of '{dataset.name}' has a tokenizer already, with other options",
+                f"delete {folder} and {dataset.tokens(modality)} to fit a new one",
+            )
+        return there, False
+    if fresh.fitted:
+        fit_tokenizer(dataset, fresh, callback=callback)
+    else:
+        with atomic_folder(folder) as aside:
+            save_tokenizer(fresh, aside)
+    return open_tokenizer(folder), fresh.fitted
+
+
+@dataclass(frozen=True)
+class TokenizeReport:
+    """What tokenizing a modality did: shards made now and kept, samples in all, and the spec."""
+
+    modality: str
+    spec: TokenSpec
+    fitted: bool
+    made: int
+    kept: int
+    samples: int
+
+
+def tokenize(
+    dataset: DatasetFolder, modality: str, overrides: Sequence[str] = (), workers: int | None = None,
+    progress: Progress | None = None, callback: Callable[[StepRecord], None] | None = None,
+) -> TokenizeReport:
+    """Make the token shards of a modality for every split; whole shards made by the same tokenizer are kept."""
+    progress = progress or (lambda what, done, total: None)
+    tokenizer, fitted = tokenizer_for(dataset, modality, overrides, callback)
+    spec, path = tokenizer.spec(), dataset.spec_path(modality)
+    if path.is_file():
+        before = read_spec(path)
+        if before != spec:
+            raise DataError(
+                f"{path} was written by another tokenizer: {before.same_ids_as(spec) or 'its options differ'}",
+                f"delete {dataset.tokens(modality)} to tokenize again",
+            )
+    write_json(path, spec.model_dump(mode="json"))
+    jobs, kept, samples = [], 0, 0
+    for split, count in dataset.info().splits.items():
+        if not count:
+            continue
+        raws = shard_paths(dataset.raw(split))
+        if not raws:
+            raise ShardError(f"no raw shards in {dataset.raw(split)}", "run 'nano4m fetch' again")
+        for raw in raws:
+            target = dataset.tokens(modality, split) / raw.name
+            n = len(read_index(raw).keys)
+            samples += n
+            if _fits(target, raw):
+                kept += n
+            else:
+                jobs.append((raw, target, n))
+    progress(modality, kept, samples)
+    done = kept
+    for n in _run_jobs(dataset.tokenizer(modality), modality, jobs, workers or usable_cores()):
+        done += n
+        progress(modality, done, samples)
+    return TokenizeReport(modality, spec, fitted, done - kept, kept, samples)
+
+
+def _fits(target: Path, raw: Path) -> bool:
+    if not target.is_file() or not index_path(target).is_file():
+        return False
+    try:
+        return read_index(target).keys == read_index(raw).keys
+    except ShardError:
+        return False
+
+
+def npy(ids: np.ndarray) -> bytes:
+    """Return an array as npy bytes."""
+    out = io.BytesIO()
+    np.lib.format.write_array(out, np.ascontiguousarray(ids), version=(1, 0), allow_pickle=False)
+    return out.getvalue()
+
+
+def _encode_shard(folder: Path, modality: str, raw: Path, target: Path) -> None:
+    tokenizer, kind, shard = open_tokenizer(folder), MODALITIES.get(modality), Shard(raw)
+    spec = tokenizer.spec()
+
+    def samples():
+        for start in range(0, len(shard), BATCH):
+            index = range(start, min(start + BATCH, len(shard)))
+            where = [f"{raw}, '{shard.keys[i]}', {kind.ext}" for i in index]
+            values = [kind.from_bytes(shard.read(i, kind.ext), w) for i, w in zip(index, where, strict=True)]
+            for i, w, ids in zip(index, where, tokenizer.encode(values, where), strict=True):
+                spec.check_ids(ids, w)
+                row = ids if spec.kind == "sequence" else ids[None]  # (variants, slots)
+                yield shard.keys[i], {f"{modality}.npy": npy(row.astype(spec.dtype))}
+
+    write_shard(target, samples())
+
+
+def _limit_threads() -> None:
+    torch.set_num_threads(1)
+
+
+def _run_jobs(folder: Path, modality: str, jobs: list[tuple[Path, Path, int]], workers: int):
+    """Yield the sample count of each shard as it is done. Bytes do not depend on the number of workers."""
+    threads = torch.get_num_threads()
+    if workers <= 1 or len(jobs) < 4:
+        try:
+            torch.set_num_threads(1)  # as the workers do: products of other shapes may round differently
+            for raw, target, n in jobs:
+                _encode_shard(folder, modality, raw, target)
+                yield n
+        finally:
+            torch.set_num_threads(threads)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_limit_threads) as pool:
+        futures = {pool.submit(_encode_shard, folder, modality, raw, target): n for raw, target, n in jobs}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def check(dataset: DatasetFolder, modalities: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Verify raw and token shards of the modalities; return samples per split and modality.
+
+    Every tar is scanned, keys are compared between raw and tokens, ids with the vocabulary; the first thing wrong is
+    raised, with its place.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    for split, expected in dataset.info().splits.items():
+        if not expected:
+            continue
+        splits = {"raw": Split(dataset.raw(split)), **{m: Split(dataset.tokens(m, split)) for m in modalities}}
+        for part in splits.values():
+            for shard in part.shards:
+                verify_shard(shard.path)
+        check_aligned(splits)
+        if len(splits["raw"]) != expected:
+            raise DataError(f"{dataset.raw(split)} holds {len(splits['raw'])} samples, dataset.json says {expected}")
+        data = TokenData(dataset, split, modalities)
+        for start in range(0, len(data), 4096):
+            data.read(np.arange(start, min(start + 4096, len(data))))
+        counts[split] = {m: len(data) for m in modalities}
+    return counts
+
+
+def fit_from_config(config: TokenizerRunConfig, dataset: DatasetFolder, run: Path, resume: bool, callback) -> Tokenizer:
+    """Fit the tokenizer of a training config; one that is there is not replaced."""
+    choice = config.tokenizer
+    folder = dataset.tokenizer(choice.modality)
+    if (folder / "tokenizer.json").is_file():
+        raise ConfigError(f"{folder} holds a tokenizer already", f"delete it and {dataset.tokens(choice.modality)} first")
+    tokenizer = make_tokenizer(dataset, choice.modality, choice.name, choice.options)
+    fit_tokenizer(dataset, tokenizer, config.seed, config.train, callback, run, resume, config.data.train)
+    return tokenizer
+
+
