@@ -32,6 +32,8 @@ def _no_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, (str, int, float, bool, type(None))):
+            raise ConfigError(f"{node.start_mark.name}:{key_node.start_mark.line + 1}: a key must be a word, not {key!r}")
         line = key_node.start_mark.line + 1
         if key in seen:
             raise ConfigError(
@@ -51,7 +53,7 @@ def parse_yaml(text: str, name: str = "<text>") -> Any:
     loader.name = name
     try:
         return loader.get_single_data()
-    except yaml.YAMLError as err:
+    except (yaml.YAMLError, ValueError) as err:
         raise ConfigError(f"{name} is not valid YAML: {err}") from err
     finally:
         loader.dispose()
@@ -63,7 +65,11 @@ def load_yaml(path: str | os.PathLike) -> dict:
     if not path.is_file():
         beside = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise ConfigError(f"no config file '{path}'", did_you_mean(str(path), beside) if beside else None)
-    data = parse_yaml(path.read_text(), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as err:
+        raise ConfigError(f"{path} is not UTF-8 text: {err}") from err
+    data = parse_yaml(text, str(path))
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -133,6 +139,8 @@ def _fields_at(cls: type[BaseModel], loc: Sequence[Any]) -> list[str]:
     """Return the field names of the model that sits at `loc` below `cls` (empty where it is no model)."""
     node: Any = cls
     for part in loc:
+        if isinstance(part, int):
+            continue  # a place in a list, whose items are of the model already found
         models = _models_in(node.model_fields[part].annotation) if _is_model(node) and part in node.model_fields else []
         if not models:
             return []

@@ -35,7 +35,8 @@ def bits(seed: int, stream: str, *counters) -> np.ndarray:
 
 def uniform(seed: int, stream: str, *counters) -> np.ndarray:
     """Return float64 in the open interval (0, 1), one per broadcast counter tuple."""
-    return ((bits(seed, stream, *counters) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    u = ((bits(seed, stream, *counters) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return np.minimum(u, 1.0 - 2.0**-53)  # the largest hash would round to 1
 
 
 def normal(seed: int, stream: str, *counters) -> np.ndarray:

@@ -22,7 +22,8 @@ COMMANDS = ("fetch", "tokenize", "train", "generate", "eval", "probe")  # each i
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 PLAIN = {"rich_markup_mode": None, "add_completion": False, "pretty_exceptions_enable": False}
 # What a user's disk does to us; any other OSError is a bug and keeps its traceback.
-DISK = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
+DISK = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG,
+        errno.ENOTDIR, errno.EEXIST)
 
 
 def complain(message: str, hint: str | None = None) -> None:

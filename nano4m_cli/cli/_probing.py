@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nano4m_cli.cli._options import DeviceName, pick_device
 from nano4m_cli.cli._show import Show
 
 HEAD = ("metric", "value", "95% interval", "n", "chance", "majority", "ceiling", "reference", "trained")
@@ -21,7 +20,7 @@ def list_probes(show: Show, kind: str) -> None:
 
 def run_probes(
     show: Show, kind: str, root: Path | None, run: str | None, probes: list[str], split: str | None,
-    limit: int | None, device: DeviceName,
+    limit: int | None,
 ) -> None:
     from nano4m_cli.data.workspace import Workspace
 
@@ -29,17 +28,21 @@ def run_probes(
     show.say(f"run: {workspace.run(run)}")
     from nano4m_cli.probes._evaluate import evaluate
 
-    device = pick_device(device)
     with show.work() as work:
-        done = evaluate(workspace, run, probes, split, limit, kind=kind, device=device, progress=work.progress)
+        done = evaluate(workspace, run, probes, split, limit, kind=kind, progress=work.progress)
     for result in done.results:
         show.line(f"{result.probe}: {result.title}")
         show.table(HEAD, [_row(m) for m in result.metrics])
         for note in result.notes:
             show.say(f"notice: {result.probe}: {note}")
         show.line("")
-    show.line(f"report: {done.report}")
-    show.document({"run": done.run, "report": done.report, "results": done.results})
+    for name, reason in done.skipped.items():
+        show.say(f"notice: {name} left out: {reason}")
+    for file in [*done.files, *([done.report] if done.report else [])]:
+        show.line(str(file))
+    show.document({
+        "run": done.run, "report": done.report, "files": done.files, "skipped": done.skipped, "results": done.results,
+    })
 
 
 def _row(metric: Any) -> list[Any]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from nano4m_cli.cli._options import Device, Json, Quiet, Root, names
+from nano4m_cli.cli._options import Json, Quiet, Root, names
 from nano4m_cli.cli._probing import list_probes, run_probes
 from nano4m_cli.cli._show import Show
 
@@ -19,7 +19,6 @@ def command(
     split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Default: test.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="At most N samples.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the probes.")] = False,
-    device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
     root: Root = None,
@@ -30,11 +29,11 @@ def command(
     nano4m eval
     nano4m eval --probe retrieval --limit 200
 
-    --json: {run, report, results: [{probe, title, metrics: [{name, value, n, ci95, chance, ...}], notes, ...}]};
-    with --list {probes: {NAME: summary}}.
+    --json: {run, report, files, skipped: {PROBE: reason}, results: [{probe, title, metrics: [{name, value, n, ci95,
+    chance, ...}], notes, ...}]}; with --list {probes: {NAME: summary}}.
     """
     show = Show(as_json, quiet)
     if list_:
         list_probes(show, "eval")
     else:
-        run_probes(show, "eval", root, run, names(probe), split, limit, device)
+        run_probes(show, "eval", root, run, names(probe), split, limit)

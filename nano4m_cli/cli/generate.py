@@ -16,7 +16,7 @@ from nano4m_cli.errors import UsageError
 def command(
     given: Annotated[
         list[str] | None,
-        typer.Option("--from", metavar="M=VALUE", help="A text or file to start from (repeatable); M alone: the sample's."),
+        typer.Option("--from", metavar="M=VALUE", help="Text or file (repeatable); M alone: as in --sample."),
     ] = None,
     targets: Annotated[
         list[str] | None, typer.Option("--to", metavar="M[,M]", help="What to generate, one after the other.")

@@ -37,8 +37,8 @@ def command(
     nano4m tokenize --modality rgb --modality depth rgb.name=fsq_image
 
     --json: {dataset, modalities: {M: {tokenizer, kind, shape, vocab_size, fitted, made, kept, samples, figures,
-    sheet}}}; with --dry-run {M: {tokenizer, fitted, options, samples}}; with --check {dataset, samples: {SPLIT:
-    {M: n}}}; with --list {tokenizers: {NAME: summary}}.
+    sheet, split, n}}}; with --dry-run {dataset, modalities: {M: {tokenizer, fitted, options, samples}}}; with --check
+    {dataset, samples: {SPLIT: {M: n}}}; with --list {tokenizers: {NAME: summary}}.
     """
     show = Show(as_json, quiet)
     if list_:
@@ -75,6 +75,8 @@ def command(
     from nano4m_cli.train.loop import Stopped
 
     done: dict[str, Any] = {}
+    with show.work() as work:
+        fitted = tokenizing.fit_missing(folder, options, workers, work.progress)
     for name in chosen:
         try:
             with show.work() as work:
@@ -84,12 +86,12 @@ def command(
         spec, trip = made.spec, round_trip(folder, name)
         done[name] = {
             "tokenizer": spec.tokenizer.name, "kind": spec.kind, "shape": spec.shape, "vocab_size": spec.vocab_size,
-            "fitted": made.fitted, "made": made.made, "kept": made.kept, "samples": made.samples, **trip,
+            "fitted": name in fitted, "made": made.made, "kept": made.kept, "samples": made.samples, **trip,
         }
         shape = "x".join(map(str, spec.shape))
         show.line(
             f"{name}: {made.made} samples made, {made.kept} kept; {spec.kind} {shape} of {spec.vocab_size} by "
-            f"{spec.tokenizer.name}{' (fitted now)' if made.fitted else ''}"
+            f"{spec.tokenizer.name}{' (fitted now)' if name in fitted else ''}"
         )
         show.line("  round trip: " + "  ".join(f"{k} {v:.4g}" for k, v in trip["figures"].items()))
         if trip["sheet"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -73,6 +74,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def ignore_interrupts() -> None:
+    """Leave Ctrl-C to the parent process, which ends its workers and says so once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _is_whole(path: Path, plan: ShardPlan) -> bool:
     if not path.is_file() or not index_path(path).is_file():
         return False
@@ -96,7 +102,7 @@ def _run(source: Source, dataset: DatasetFolder, todo: list[ShardPlan], workers:
             yield _make(source, dataset.raw(plan.split), plan)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context, initializer=ignore_interrupts) as pool:
         futures = [pool.submit(_make, source, dataset.raw(p.split), p) for p in todo]
         try:
             for future in as_completed(futures):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,15 +37,23 @@ class _Column:
             bad = int(np.argmax((head[:, :7] != np.frombuffer(b"\x93NUMPY\x01", dtype=np.uint8)).any(1)))
             raise ShardError(f"{where}: '{self.member}' of '{shard.keys[bad]}' is no npy file")
         header = 10 + head[:, 8].astype(np.int64) + 256 * head[:, 9].astype(np.int64)
-        first = bytes(data[offset[0] + 10 : offset[0] + header[0]])
-        described = ast.literal_eval(first.decode("latin1").strip())
-        if described["descr"] != spec.dtype.str or described["fortran_order"]:
-            raise ShardError(f"{where}: ids are stored as {described['descr']}, {spec.dtype.str} expected")
+        if (header != header[0]).any() or (size < header).any():
+            bad = int(np.argmax((header != header[0]) | (size < header)))
+            raise ShardError(f"{where}: '{self.member}' of '{shard.keys[bad]}' has a damaged npy header")
+        # The dtype stands first in every header; the shape after it differs from text to text.
+        start = f"{{'descr': '{spec.dtype.str}', 'fortran_order': False, 'shape': (".encode()
+        wanted = np.frombuffer(start, dtype=np.uint8)
+        same = (data[offset[:, None] + 10 + np.arange(len(start))] == wanted).all(1)
+        if not same.all():
+            bad = int(np.argmin(same))
+            found = bytes(data[offset[bad] + 10 : offset[bad] + header[bad]]).decode("latin1").strip()
+            raise ShardError(f"{where}: ids of '{shard.keys[bad]}' are stored as {found}, {spec.dtype.str} expected")
         length = (size - header) // spec.dtype.itemsize
         if spec.kind == "sequence":
             if (length > spec.slots).any() or (length < 1).any():
                 bad = int(np.argmax((length > spec.slots) | (length < 1)))
-                raise ShardError(f"{where}: '{shard.keys[bad]}' has {length[bad]} ids of {spec.modality}, 1 to {spec.slots} allowed")
+                has = f"'{shard.keys[bad]}' has {length[bad]} ids of {spec.modality}"
+                raise ShardError(f"{where}: {has}, 1 to {spec.slots} allowed")
             return offset + header, length
         wanted = spec.variants * spec.slots
         if (length != wanted).any():
@@ -59,7 +66,7 @@ class _Column:
         spec, item = self.spec, self.spec.dtype.itemsize
         length = self.length_N[index_B]
         width = int(length.max(initial=0))
-        at = self.offset_N[index_B] + variant_B * (spec.slots * item if spec.kind != "sequence" else 0)
+        at = self.offset_N[index_B] + variant_B % spec.variants * (spec.slots * item if spec.kind != "sequence" else 0)
         out = np.zeros((len(index_B), spec.slots), dtype=np.int64)
         step = np.arange(width * item)
         for s in np.unique(self.shard_N[index_B]):

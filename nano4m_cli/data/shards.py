@@ -2,12 +2,13 @@
 
 A shard is `shard-000000.tar` plus `shard-000000.idx.json`, which maps each member name ("rgb.png") to the offset and
 size of its bytes for every key. Members are not compressed, so tar + index is a random-access file. The index is
-derived: where it is missing or older than the tar it is made again by scanning; where the tar is shorter than its
-index says, the tar was cut.
+derived: where it is missing or older than the tar it is made again by scanning; a tar that ends before its
+end-of-archive marker was cut.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import re
@@ -52,10 +53,10 @@ def write_shard(path: Path, samples: Iterator[tuple[str, dict[str, bytes]]]) -> 
     """
     keys: set[str] = set()
     members: list[str] | None = None
-    with atomic_file(path) as file:
-        writer = wds.TarWriter(file, mtime=0, encoder=False)
+    with atomic_file(path) as file, contextlib.ExitStack() as stack:
+        writer = stack.enter_context(contextlib.closing(wds.TarWriter(file, mtime=0, encoder=False)))
         for key, sample in samples:
-            if not KEY.match(key):
+            if not KEY.fullmatch(key):
                 raise ShardError(f"{path}: key '{key}' may only hold letters, digits, '_' and '-'")
             if key in keys:
                 raise ShardError(f"{path}: key '{key}' stands twice")
@@ -68,7 +69,6 @@ def write_shard(path: Path, samples: Iterator[tuple[str, dict[str, bytes]]]) -> 
             members = names
             keys.add(key)
             writer.write({"__key__": key, **sample})
-        writer.close()
     index = _scan(path)
     _write_index(path, index)
     return len(keys)
@@ -97,15 +97,19 @@ def _scan(path: Path) -> ShardIndex:
                 if info.offset_data + info.size > total:
                     raise tarfile.ReadError("unexpected end of data")
                 key, _, name = info.name.partition(".")
-                if not KEY.match(key) or not name:
+                if not KEY.fullmatch(key) or not name:
                     raise ShardError(f"{path}: member '{info.name}' is not KEY.NAME")
                 if not keys or keys[-1] != key:
                     keys.append(key)
                 rows.setdefault(name, []).append((info.offset_data, info.size))
-            if total < tar.offset + 2 * tarfile.BLOCKSIZE and keys:
-                raise tarfile.ReadError("no end-of-archive marker")
+            # tarfile takes a damaged header for the end: the end is where two blocks of zeros stand.
+            with open(path, "rb") as file:
+                file.seek(tar.offset)
+                if file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError("a member's header is damaged, or the end is missing")
     except tarfile.TarError as err:
-        raise ShardError(f"{path} is cut short or damaged: {err}", f"delete {path.name} and run the command that wrote it again") from err
+        hint = f"delete {path.name} and run the command that wrote it again"
+        raise ShardError(f"{path} is cut short or damaged: {err}", hint) from err
     if len(set(keys)) != len(keys):
         twice = next(k for k in keys if keys.count(k) > 1)
         raise ShardError(f"{path}: key '{twice}' stands twice")

@@ -92,14 +92,17 @@ class Workspace:
         raise UnknownNameError.of("data set", name, [f.name for f in known])
 
     def runs(self) -> list[Path]:
-        """Return all run folders, newest first."""
-        found = [p.parent for p in (self.root / "runs").glob("*/config.yaml")]
+        """Return all runs of models, newest first (fitting a tokenizer is a run as well, but none to evaluate)."""
+        configs = (self.root / "runs").glob("*/config.yaml")
+        found = [p.parent for p in configs if not p.read_text().startswith("task: tokenizer")]
         return sorted(found, key=lambda p: -(p / "config.yaml").stat().st_mtime_ns)
 
     def run(self, name: str | None = None) -> Path:
         """Return the run folder of that name (or path); without one the newest."""
         known = self.runs()
         if name is None:
+            # A run that failed before its first checkpoint does not hide an older good one.
+            known = [p for p in known if any((p / "checkpoints").glob("step-*"))] or known
             if not known:
                 raise DataError(f"no run in {self.root / 'runs'}", "run 'nano4m train cfgs/demo.yaml' first")
             return known[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from nano4m_cli.data.loader import TokenData
 from nano4m_cli.data.shards import Split
 from nano4m_cli.data.sheet import write_sheet
 from nano4m_cli.data.workspace import DatasetFolder, Workspace
@@ -18,7 +19,6 @@ from nano4m_cli.masking._mixture import IN_DISTRIBUTION, direction
 from nano4m_cli.registry import MODALITIES
 from nano4m_cli.tokenizers._base import Tokenizer, open_tokenizer
 from nano4m_cli.train.run import OpenRun, check_specs, open_run
-from nano4m_cli.data.loader import TokenData
 
 
 @dataclass
@@ -113,7 +113,10 @@ def generate_files(
     for name, value in conditions.items():
         if value is None and name not in truth:
             raise UsageError(f"no value for '{name}'", f"give {name}=VALUE, or --sample KEY to take it from")
-        raw = truth[name] if value is None else MODALITIES.get(name).from_text(value)
+        kind = MODALITIES.get(name)
+        raw = truth[name] if value is None else kind.from_text(value)
+        if value is not None and kind.kind != "text":
+            report.notices += [note] if (note := kind.conversion(Path(value))) else []
         raws[name], notice = tokenizers[name].adapt(raw)
         if notice:
             report.notices.append(notice)

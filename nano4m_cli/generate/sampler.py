@@ -108,7 +108,7 @@ def _fill_slots(model: FourM, state: State, target: str, o: GenerateOptions) -> 
 
 
 def _ask(model: FourM, state: State, columns: slice, asked_BL: np.ndarray, target: str, o: GenerateOptions, step: int):
-    """Return (row, slot, drawn id, its log-probability), numpy, for every asked slot."""
+    """Return (row, slot, drawn id, the model's log-probability of it), numpy, for every asked slot."""
     layout = model.layout
     asked_BC = np.zeros(state.known_BC.shape, dtype=bool)
     asked_BC[:, columns] = asked_BL
@@ -123,7 +123,9 @@ def _ask(model: FourM, state: State, columns: slice, asked_BL: np.ndarray, targe
         if index is None:
             continue
         at = index.cpu().numpy()
-        drawn, score = draw(filter_logits(logits, o.temperature, o.top_k, o.top_p), u[at])
+        drawn, _ = draw(filter_logits(logits, o.temperature, o.top_k, o.top_p), u[at])
+        # Confidence is the model's own, before temperature and filters.
+        score = logits.float().log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1)
         ids[at], logp[at] = drawn.cpu().numpy(), score.cpu().numpy()
     return row, slot, ids, logp
 

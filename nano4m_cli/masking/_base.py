@@ -55,9 +55,10 @@ def share(total_B: np.ndarray, weight_BM: np.ndarray, room_BM: np.ndarray) -> np
         w = np.where(none[:, None], free, w)
         norm = w.sum(1, keepdims=True)
         ideal = left[:, None] * w / np.where(norm > 0, norm, 1.0)
-        if not (np.floor(ideal) > free).any():
+        over = (np.floor(ideal) > free).any(1, keepdims=True)  # per sample: a mask never depends on its neighbours
+        if not over.any():
             break
-        out += np.minimum(np.floor(ideal), free).astype(np.int64) * ((ideal >= free) & (free > 0))
+        out += np.minimum(np.floor(ideal), free).astype(np.int64) * ((ideal >= free) & (free > 0) & over)
         left = np.minimum(total_B, room.sum(1)) - out.sum(1)
     base = np.minimum(np.floor(ideal + 1e-9), free).astype(np.int64)
     out += base

@@ -31,6 +31,13 @@ class Component(Base):
         drop: float = 0.0
         max_target: int = 256
 
+        @field_validator("max_target")
+        @classmethod
+        def _asks(cls, v):
+            if v < 1:
+                raise ValueError("at least one slot must be asked")
+            return v
+
         @field_validator("known", "drop")
         @classmethod
         def _probability(cls, v):
@@ -71,11 +78,16 @@ class Component(Base):
 
         # The target first, by its weights; then sources among the rest, by theirs (Gumbel top-k, without replacement).
         gumbel = -np.log(-np.log(uniform(key.seed, key.stream + "/t", *column)))
-        target_B = np.argmax(_log(np.where(there, self.target_M, 0.0)) + gumbel, axis=1)
+        wanted = np.where(there, self.target_M, 0.0)
+        wanted = np.where(wanted.sum(1, keepdims=True) > 0, wanted, there)  # a sample without any: one that it has
+        target_B = np.argmax(_log(wanted) + gumbel, axis=1)
         is_target = axis == target_B[:, None]
         gumbel = -np.log(-np.log(uniform(key.seed, key.stream + "/s", *column)))
-        can = there & ~is_target & (self.source_M > 0)
-        score = np.where(can, _log(self.source_M) + gumbel, -np.inf)
+        can = there & ~is_target
+        weight = np.where(can, self.source_M, 0.0)
+        weight = np.where(weight.sum(1, keepdims=True) > 0, weight, can)  # where none is wanted: any that is there
+        can = weight > 0
+        score = np.where(can, _log(weight) + gumbel, -np.inf)
         n_sources = 1 + np.searchsorted(self.cumulative, draw("n"), side="right")
         rank = np.argsort(np.argsort(-score, axis=1), axis=1)
         is_source = can & (rank < n_sources[:, None]) & (draw("drop") >= o.drop)[:, None]

@@ -44,10 +44,15 @@ class Modality(ABC):
         """Return the raw value for a command-line VALUE: a file's path, unless the modality is text itself."""
         path = Path(text)
         if not path.is_file():
-            raise MediaError(f"no {self.name} file '{text}'", f"give the path of a {self.kind} file")
+            a = "an" if self.kind[0] in "aeiou" else "a"
+            raise MediaError(f"no {self.name} file '{text}'", f"give the path of {a} {self.kind} file")
         if os.path.getsize(path) == 0:
             raise MediaError(f"'{text}' is empty (0 bytes)")
         return self.read_file(path)
+
+    def conversion(self, path: Path) -> str | None:
+        """Return what reading a user's file changes (mode, rate, channels), or None."""
+        return None
 
     def write_file(self, raw: Any, path: Path) -> None:
         """Write a raw value for people, with this modality's suffix."""

@@ -17,7 +17,7 @@ def open_image(data: bytes, where: str) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         image.load()
         return image
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as err:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as err:
         raise MediaError(f"{where} is no readable picture: {err}") from err
 
 

@@ -32,6 +32,12 @@ class Audio(Modality):
     def read_file(self, path: Path) -> np.ndarray:
         return self.from_bytes(read_bytes(path), f"'{path}'")
 
+    def conversion(self, path: Path) -> str | None:
+        info = soundfile.info(str(path))
+        if info.samplerate == RATE and info.channels == 1:
+            return None
+        return f"'{path}' has {info.samplerate} Hz and {info.channels} channel(s) and was converted to {RATE} Hz mono"
+
     def write_file(self, raw: np.ndarray, path: Path) -> None:
         path.write_bytes(_encode(raw, "WAV"))
 
@@ -61,7 +67,12 @@ def resample(wave: np.ndarray, rate: int, target: int) -> np.ndarray:
     ensure_torchaudio()
     import torchaudio.functional
 
-    return torchaudio.functional.resample(torch.from_numpy(wave.astype(np.float32)), rate, target).numpy()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # clips are short: spreading one over cores costs more than it saves
+    try:
+        return torchaudio.functional.resample(torch.from_numpy(wave.astype(np.float32)), rate, target).numpy()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def spectrogram_picture(wave: np.ndarray, n_fft: int = 512, hop: int = 128, rows: int = 96) -> np.ndarray:

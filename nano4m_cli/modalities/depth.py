@@ -15,7 +15,7 @@ MILLIMETRE = 1000.0
 
 class Depth(Modality):
     name, ext, kind, suffix = "depth", "depth.png", "image", ".png"
-    tokenizer = "fsq_image"
+    tokenizer, tokenizer_config = "fsq_image", {"levels": [8, 5, 5, 5]}
 
     def from_bytes(self, data: bytes, where: str) -> np.ndarray:
         image = open_image(data, where)

@@ -15,7 +15,7 @@ from nano4m_cli.modalities._image import open_image, png_bytes, read_bytes, rgb_
 
 class Normal(Modality):
     name, ext, kind, suffix = "normal", "normal.png", "image", ".png"
-    tokenizer = "fsq_image"
+    tokenizer, tokenizer_config = "fsq_image", {"levels": [8, 5, 5, 5]}
 
     def from_bytes(self, data: bytes, where: str) -> np.ndarray:
         n = rgb_array(open_image(data, where), where).astype(np.float32) / 255.0 * 2.0 - 1.0

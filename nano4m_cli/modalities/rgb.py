@@ -24,6 +24,10 @@ class RGB(Modality):
     def read_file(self, path: Path) -> np.ndarray:
         return self.from_bytes(read_bytes(path), f"'{path}'")
 
+    def conversion(self, path: Path) -> str | None:
+        mode = open_image(read_bytes(path), f"'{path}'").mode
+        return None if mode == "RGB" else f"'{path}' has mode {mode} and was converted to RGB"
+
     def show(self, raw: np.ndarray) -> np.ndarray:
         return raw
 

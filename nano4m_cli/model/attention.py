@@ -10,6 +10,8 @@ to rounding (tested):
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,39 +63,63 @@ class Mask:
         self.q, self.k, self.k_row, self.causal = q, k, k_row, causal
         key = torch.arange(k.width, device=k.lengths.device)
         lengths = k.lengths if k_row is None else k.lengths[k_row]
-        allowed = (key < lengths[:, None])[:, None, None]  # (S, 1, 1, Lk)
+        allowed = (key < lengths[:, None])[:, None]  # (S, 1, Lk)
         if causal is not None and bool(causal.any()):
             assert q.width == k.width, (q.width, k.width)
             order = key[:, None] >= key  # (Lq, Lk)
-            allowed = allowed & (order | ~causal[:, None, None])[:, None]
-        self.bias = torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, NEVER)
+            allowed = allowed & (order | ~causal[:, None, None])
+        self.bias = torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, NEVER)  # (S, 1 or Lq, Lk)
+        self._cache: dict[tuple, Tensor] = {}
+
+    def head_bias(self, heads: int, dtype: torch.dtype) -> Tensor:
+        """Return the bias as (S * heads, 1 or Lq, Lk)."""
+        key = ("bias", heads, dtype)
+        if key not in self._cache:
+            self._cache[key] = self.bias.to(dtype).repeat_interleave(heads, 0)
+        return self._cache[key]
+
+    def place(self, side: Literal["q", "kv"], heads: int) -> Tensor:
+        """Return where each head vector goes, so that padded rows come out as (S * heads, L, D / heads).
+
+        "q": (T * heads,), in the order of a (T, heads, .) tensor; "kv": (T * 2 * heads,), of a (T, 2, heads, .) tensor,
+        keys before values.
+        """
+        key = (side, heads)
+        if key not in self._cache:
+            r, copies = (self.q, 1) if side == "q" else (self.k, 2)
+            row, offset = r.place // r.width, r.place % r.width
+            which = torch.arange(copies, device=row.device)[:, None] * r.rows
+            head = torch.arange(heads, device=row.device)
+            full = ((which + row[:, None, None]) * heads + head) * r.width + offset[:, None, None]
+            self._cache[key] = full.reshape(-1)
+        return self._cache[key]
 
 
-def attend(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask, backend: str = "padded") -> Tensor:
-    """Return (T, D): softmax(q k / sqrt(head dim)) v within the rows of `mask`.
+def attend(q_TD: Tensor, kv_T2D: Tensor, heads: int, mask: Mask, backend: str = "padded") -> Tensor:
+    """Return (Tq, D): softmax(q k / sqrt(head width)) v within the rows of `mask`.
 
     Args:
-        q_TD: (Tq, D). k_TD, v_TD: (Tk, D). D is split into `heads`.
+        q_TD: (Tq, D), split into `heads`. kv_T2D: (Tk, 2 D), keys then values.
     """
     if backend == "loop":
-        return _loop(q_TD, k_TD, v_TD, heads, mask)
-    q, k, v = _split(q_TD, mask.q, heads), _split(k_TD, mask.k, heads), _split(v_TD, mask.k, heads)
+        return _loop(q_TD, *kv_T2D.chunk(2, -1), heads, mask)
+    assert backend in BACKENDS, backend
+    width = q_TD.shape[1] // heads
+    rq, rk = mask.q, mask.k
+    q = _Pad.apply(q_TD.reshape(-1, width), mask.place("q", heads), rq.rows * heads * rq.width)
+    kv = _Pad.apply(kv_T2D.reshape(-1, width), mask.place("kv", heads), 2 * rk.rows * heads * rk.width)
+    q, (k, v) = q.view(-1, rq.width, width), kv.view(2, -1, rk.width, width)
     if mask.k_row is not None:
-        k, v = k.index_select(0, mask.k_row), v.index_select(0, mask.k_row)
+        pick = lambda x: x.view(rk.rows, -1).index_select(0, mask.k_row).view(-1, rk.width, width)  # noqa: E731
+        k, v = pick(k), pick(v)
+    bias = mask.head_bias(heads, q.dtype)
     if backend == "sdpa":
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bias.to(q.dtype))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     else:
-        assert backend == "padded", backend
-        score = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))  # (S, H, Lq, Lk)
-        y = torch.matmul(torch.softmax(score + mask.bias.to(score.dtype), -1), v)
-    y = y.transpose(1, 2).reshape(mask.q.rows * mask.q.width, q_TD.shape[1])
-    return _Unpad.apply(y, mask.q.place)
-
-
-def _split(x_TD: Tensor, ragged: Ragged, heads: int) -> Tensor:
-    """(T, D) -> (S, H, L, D / H)."""
-    x = _Pad.apply(x_TD, ragged.place, ragged.rows * ragged.width)
-    return x.view(ragged.rows, ragged.width, heads, -1).transpose(1, 2)
+        with torch.autocast(q.device.type, enabled=False):  # the softmax's fp32 arithmetic stays inside its kernel
+            score = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=width**-0.5)  # (S * heads, Lq, Lk)
+            y = torch.bmm(torch.softmax(score, -1), v)
+    return _Unpad.apply(y.reshape(-1, width), mask.place("q", heads)).view(q_TD.shape)
 
 
 def _loop(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask) -> Tensor:
@@ -107,7 +133,7 @@ def _loop(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask) -> T
         if not len(ks[j]):
             out.append(torch.zeros_like(q))
             continue
-        shape = lambda x: x.view(len(x), heads, -1).transpose(0, 1)[None]  # noqa: E731 - (1, H, L, D / H)
+        shape = lambda x: x.reshape(len(x), heads, -1).transpose(0, 1)[None]  # noqa: E731 - (1, H, L, D / H)
         causal = mask.causal is not None and bool(mask.causal[i])
         y = F.scaled_dot_product_attention(shape(q), shape(ks[j]), shape(vs[j]), is_causal=causal)
         out.append(y[0].transpose(0, 1).reshape(len(q), -1))

@@ -44,6 +44,8 @@ class FourMConfig(Config):
 
     @model_validator(mode="after")
     def _divides(self) -> FourMConfig:
+        if self.head_width < 1 or self.mlp_ratio <= 0:
+            raise ValueError("head_width and mlp_ratio are positive")
         if self.width % self.head_width:
             raise ValueError(f"width {self.width} does not divide into heads of {self.head_width}")
         if self.registers < 0:

@@ -114,12 +114,13 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None
 
     def forward(self, x: Tensor, mask: Mask, context: Tensor | None = None) -> Tensor:
-        q = self.q(x)
-        k, v = self.kv(x if context is None else context).chunk(2, dim=-1)
+        q, kv = self.q(x), self.kv(x if context is None else context)
         if self.q_norm is not None:
+            k, v = kv.chunk(2, dim=-1)
             q = self.q_norm(q.view(len(q), self.heads, -1)).view_as(q).to(v.dtype)
-            k = self.k_norm(k.reshape(len(k), self.heads, -1)).view_as(k).to(v.dtype)
-        return self.out(attend(q, k, v, self.heads, mask, self.backend))
+            k = self.k_norm(k.reshape(len(k), self.heads, -1)).view(k.shape).to(v.dtype)
+            kv = torch.cat([k, v], -1)
+        return self.out(attend(q, kv, self.heads, mask, self.backend))
 
 
 class Block(nn.Module):

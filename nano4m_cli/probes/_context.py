@@ -172,9 +172,10 @@ class Context:
         return out
 
     def slot_logp(self, shown_NC: np.ndarray, target: str) -> np.ndarray:
-        """Return (N, slots, V) fp32: log p of every id at every slot of a grid or codes target, asked whole at once."""
+        """Return (n, slots, V) fp32 for the first n samples: log p of every id at every slot of a grid or codes target,
+        asked whole at once."""
         columns, parts = self.columns(target), []
-        for a in range(0, self.n, CHUNK):
+        for a in range(0, len(shown_NC), CHUNK):
             rows = slice(a, a + CHUNK)
             shown = shown_NC[rows]
             asked = np.broadcast_to(columns, shown.shape)
@@ -223,15 +224,16 @@ class Context:
             self._generated[(*key, "known")] = state.known_BC
         return self._generated[key]
 
-    def decoded(self, sources: Sequence[str], targets: Sequence[str], modality: str, options: GenerateOptions | None = None) -> list[Any]:
-        """Return the raw values of a generated modality."""
+    def decoded(self, sources: Sequence[str], targets: Sequence[str], modality: str, options: GenerateOptions | None = None,
+                limit: int | None = None) -> list[Any]:
+        """Return the raw values of a generated modality (of the first `limit` samples)."""
         options = options or GenerateOptions(seed=self.seed)
         ids = self.generate(sources, targets, options)
         known = self._generated[(tuple(sources), tuple(targets), options, "known")]
         columns = self.layout.slice(modality)
-        rows = [i[columns][k[columns]] for i, k in zip(ids, known, strict=True)]
+        rows = [i[columns][k[columns]] for i, k in zip(ids[:limit], known[:limit], strict=True)]
         tokenizer = self.tokenizer(modality)
-        return [raw for a in range(0, self.n, CHUNK) for raw in tokenizer.decode(rows[a : a + CHUNK])]
+        return [raw for a in range(0, len(rows), CHUNK) for raw in tokenizer.decode(rows[a : a + CHUNK])]
 
 
 def missing(context: Context, *modalities: str) -> str | None:

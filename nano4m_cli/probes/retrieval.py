@@ -67,7 +67,8 @@ def relevance(context: Context, n: int) -> np.ndarray:
 
 
 def best_rank(score: np.ndarray, relevant: np.ndarray) -> np.ndarray:
-    """Return per query the rank (from 1) of its best right candidate; equal scores rank before it."""
+    """Return per query the rank (from 1) of its best right candidate; equal scores (and all, where it is NaN) rank before it."""
+    score = np.where(np.isnan(score), -np.inf, score)
     best = np.where(relevant, score, -np.inf).max(1)
     return 1 + ((score >= best[:, None]) & ~relevant).sum(1)
 

@@ -18,7 +18,8 @@ class Probe(Base):
         for spec in context.layout.specs:
             name, ids = spec.modality, context.ids(spec.modality)
             for figure, values in fidelity(context.tokenizer(name), context.raw(name), ids).items():
-                metrics.append(mean_metric(f"{name}/{figure}", values, higher_is_better=figure in BETTER, unit=UNITS.get(figure, "")))
+                more = {"higher_is_better": figure in BETTER, "unit": UNITS.get(figure, "")}
+                metrics.append(mean_metric(f"{name}/{figure}", values, **more))
             for figure, value in codebook(ids, spec).items():
                 metrics.append(Metric(name=f"{name}/{figure}", value=value, n=context.n))
             fresh = context.tokenizer(name).encode(context.raw(name)[:50])

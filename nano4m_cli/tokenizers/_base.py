@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -130,6 +129,10 @@ def open_tokenizer(folder: Path) -> Tokenizer:
         doc = json.loads(path.read_text())
     except FileNotFoundError as err:
         raise WeightsError(f"no tokenizer at {folder}", f"run 'nano4m tokenize --modality {folder.name}'") from err
+    except ValueError as err:
+        raise WeightsError(f"{path} is damaged: {err}", "delete the folder and tokenize again") from err
+    if not isinstance(doc, dict) or not {"name", "modality", "options", "size"} <= set(doc):
+        raise WeightsError(f"{path} is damaged: keys are missing", "delete the folder and tokenize again")
     cls = TOKENIZERS.get(doc["name"])
     tokenizer = cls(doc["modality"], build(cls.Options, doc["options"], str(path)), doc["size"])
     tokenizer.load(folder)

@@ -37,7 +37,7 @@ class Tokenizer(Base):
         self.longest = options.max_length
 
     def _text(self, raw: str) -> str:
-        text = " ".join(raw.split())
+        text = " ".join(raw.replace(EOS, EOS.strip("<>")).split())  # the end is never written inside a text
         return text.lower() if self.options.lower else text
 
     def comparable(self, raw: str) -> str:

@@ -23,18 +23,21 @@ from nano4m_cli.tokenizers._base import GradientTokenizer, check_ids
 from nano4m_cli.tokenizers._patch_ae import PatchAutoencoder
 
 CHANNELS = {"rgb": 3, "normal": 3, "depth": 1}
+SCALE = {"rgb": "x / 255", "depth": "log metres to [0, 1]", "normal": "unit xyz"}
 
 
 class Tokenizer(GradientTokenizer):
     class Options(Config):
-        """patch: pixels per code, each way. levels: FSQ levels. width, depth: of encoder and of decoder."""
+        """patch: pixels per code, each way. levels: FSQ levels. width, depth: of encoder and of decoder.
+        emphasis: weight of what is far from the mean picture. fit_samples, fit_steps: of fitting (None: the usual)."""
 
         patch: int = 8
-        levels: tuple[int, ...] = (8, 8, 6, 5)
+        levels: tuple[int, ...] = (7, 5, 5, 5, 5)
         width: int = 128
         depth: int = 2
         emphasis: float = 2.0
         fit_samples: int = 12_000
+        fit_steps: int | None = None
 
         @field_validator("levels")
         @classmethod
@@ -44,7 +47,7 @@ class Tokenizer(GradientTokenizer):
             return v
 
     name = "fsq_image"
-    train = {"steps": 1000, "batch": 64, "lr": 3e-3, "optimizer": "muon", "muon_lr": 0.03, "warmup": 40}
+    train = {"steps": 700, "batch": 64, "lr": 3e-3, "optimizer": "muon", "muon_lr": 0.03, "warmup": 40}
 
     def __init__(self, modality: str, options: Config, size: dict[str, Any]):
         super().__init__(modality, options, size)
@@ -109,7 +112,8 @@ class Tokenizer(GradientTokenizer):
         box = (left, top, left + cw, top + ch)
         size = (self.width, self.height)
         if self.modality == "rgb":
-            out = np.asarray(Image.fromarray(raw).resize(size, Image.Resampling.BOX if scale > 1 else Image.Resampling.BICUBIC, box=box))
+            how = Image.Resampling.BOX if scale > 1 else Image.Resampling.BICUBIC
+            out = np.asarray(Image.fromarray(raw).resize(size, how, box=box))
         else:  # depth and normals are never averaged across an edge
             rows = top + ((np.arange(self.height) + 0.5) * ch / self.height).astype(int)
             cols = left + ((np.arange(self.width) + 0.5) * cw / self.width).astype(int)
@@ -123,7 +127,7 @@ class Tokenizer(GradientTokenizer):
         return TokenSpec(
             modality=self.modality, kind="grid", shape=self.grid, vocab_size=int(np.prod(o.levels)), levels=o.levels,
             tokenizer=self.ref(self.sha256),
-            preprocess={"size": [self.height, self.width], "scale": {"rgb": "x/255", "depth": "log metres to [0,1]", "normal": "unit xyz"}[self.modality]},
+            preprocess={"size": [self.height, self.width], "scale": SCALE[self.modality]},
         )
 
     def encode(self, raws: Sequence[np.ndarray], where: Sequence[str] | None = None) -> list[np.ndarray]:

@@ -8,6 +8,7 @@ samples, hop 250 (96 frames/s); `mels` bands between `low_hz` and `high_hz`; nat
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,9 @@ class Tokenizer(GradientTokenizer):
         width: int = 128
         depth: int = 2
         emphasis: float = 1.0
-        griffin_lim: int = 32
+        griffin_lim: int = 16
         fit_samples: int = 8_000
+        fit_steps: int | None = None
 
     name = "fsq_mel"
     train = {"steps": 600, "batch": 64, "lr": 3e-3, "optimizer": "muon", "muon_lr": 0.03, "warmup": 40}
@@ -55,6 +57,7 @@ class Tokenizer(GradientTokenizer):
 
         bins = options.window // 2 + 1
         self.bank = A.melscale_fbanks(bins, options.low_hz, options.high_hz, options.mels, RATE, norm=None, mel_scale="htk")
+        self.inverse = torch.linalg.pinv(self.bank)  # (mels, bins)
         self.hann = torch.hann_window(options.window)
 
     def _fixed(self, raw: np.ndarray) -> np.ndarray:
@@ -107,15 +110,23 @@ class Tokenizer(GradientTokenizer):
             return self.module.decode(torch.from_numpy(codes)).reshape(len(ids), self.steps * self.options.frames, -1)
 
     def decode(self, ids: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return list(self.to_wave(self.decode_mel(ids)))
+        mel = self.decode_mel(ids)
+        # A few clips per thread: their spectra stay in the cache, and small transforms gain nothing from more threads.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                parts = pool.map(self.to_wave, mel.split(8))
+                return [wave for part in parts for wave in part]
+        finally:
+            torch.set_num_threads(threads)
 
     def to_wave(self, log_mel_BTM: Tensor) -> np.ndarray:
         """Return (B, samples): least-squares inversion of the mel bands, then Griffin-Lim from a fixed phase."""
         import torchaudio.functional as A
 
         power = (log_mel_BTM.float().exp() - FLOOR).clamp_min(0)
-        inverse = torch.linalg.pinv(self.bank)  # (mels, bins)
-        magnitude = (power @ inverse).clamp_min(0).sqrt().transpose(1, 2)
+        magnitude = (power @ self.inverse).clamp_min(0).sqrt().transpose(1, 2)
         magnitude = torch.cat([magnitude, magnitude[..., -1:]], -1)
         wave = A.griffinlim(
             magnitude, self.hann, self.options.window, HOP, self.options.window, 1.0,

@@ -87,7 +87,7 @@ def load(path: Path, parts: Iterable[str] = ("model", "ema", "optimizer")) -> Ch
             if _sha256(file) != state["sha256"][file.name]:
                 raise ValueError(f"{file.name} is not what was written (its sha256 differs)")
             tensors[name] = load_file(file)
-    except (OSError, ValueError, KeyError) as err:
+    except (OSError, ValueError, KeyError, TypeError) as err:
         before = [p for p in checkpoints(path.parent.parent) if p.name < path.name]
         hint = (
             f"the previous one is {before[-1].name}: delete {path} to go on from there"
@@ -96,6 +96,12 @@ def load(path: Path, parts: Iterable[str] = ("model", "ema", "optimizer")) -> Ch
         )
         raise CheckpointError(f"checkpoint {path} is damaged: {err}", hint) from err
     return Checkpoint(path, tensors, state)
+
+
+def sweep(run: Path) -> None:
+    """Remove what killed processes left half-written."""
+    for part in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def latest(run: Path) -> Path:

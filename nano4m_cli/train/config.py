@@ -21,6 +21,13 @@ class DataConfig(Config):
     train: str = "train"
     val: str = "val"
 
+    @field_validator("modalities")
+    @classmethod
+    def _once(cls, v):
+        if len(set(v)) != len(v):
+            raise ValueError("a modality stands twice")
+        return v
+
 
 class TrainConfig(Config):
     """One optimisation.

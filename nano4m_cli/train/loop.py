@@ -102,6 +102,7 @@ class Trainer:
         self.dtype = resolve_precision(config.precision, self.device)
         self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()} if config.ema else None
         self.step = 0
+        self._window: list[dict[str, float]] = []  # figures since the last record
         self._stop: int | None = None
         self._written = -1
 
@@ -116,6 +117,7 @@ class Trainer:
             for k, v in point.tensors["ema"].items():
                 self.ema[k].copy_(v)
         self.step = self._written = point.state["step"]
+        self._window = point.state.get("window", [])
         path = self.run / "metrics.jsonl"
         if path.is_file():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= self.step]
@@ -130,7 +132,8 @@ class Trainer:
         tensors = {"model": dict(self.model.state_dict()), "optimizer": checkpoint.pack_optimizers(self.optimizers)}
         if self.ema is not None:
             tensors["ema"] = self.ema
-        path = checkpoint.save(self.run, self.step, tensors, {**self.header, **self.task.state()}, self.c.keep)
+        state = {**self.header, **self.task.state(), "window": self._window}
+        path = checkpoint.save(self.run, self.step, tensors, state, self.c.keep)
         self._written = self.step
         self.callback(StepRecord("checkpoint", self.step, self.c.steps, {}))
         assert path.is_dir(), path
@@ -163,16 +166,16 @@ class Trainer:
         with self._signals():
             figures: dict[str, float] = {}
             clock, since = time.perf_counter(), self.step
-            window: list[dict[str, float]] = []
             loader = self._loader()
             for parts in loader:
+                window = self._window
                 window.append(self._one_step(parts))
                 if self.step % self.c.log_every == 0 or self.step == self.c.steps:
                     now = time.perf_counter()
                     mean = {k: sum(w[k] for w in window if k in w) / sum(k in w for w in window) for w0 in window for k in w0}
                     mean["samples_per_s"] = (self.step - since) * self.c.batch / max(now - clock, 1e-9)
                     self._record("train", mean)
-                    window, clock, since = [], now, self.step
+                    self._window, clock, since = [], now, self.step
                 if self.step % self.c.val_every == 0 or self.step == self.c.steps:
                     before = time.perf_counter()
                     figures = self.validate()
@@ -239,8 +242,16 @@ class Trainer:
     def _record(self, kind: str, figures: dict[str, float]) -> None:
         if self.run is not None and kind != "done":
             line = json.dumps({"kind": kind, "step": self.step, "time": round(time.time(), 3), **figures})
-            with open(self.run / "metrics.jsonl", "a") as file:
-                file.write(line + "\n")
+            path = self.run / "metrics.jsonl"
+            try:
+                with open(path, "a") as file:
+                    file.write(line + "\n")
+            except OSError as err:
+                last = checkpoint.checkpoints(self.run)
+                raise TrainingError(
+                    f"step {self.step}: cannot write {path}: {err.strerror}",
+                    f"the last good checkpoint is {last[-1].name if last else 'none'}; free some space and go on with --resume",
+                ) from err
         self.callback(StepRecord(kind, self.step, self.c.steps, figures))
 
     def _loader(self):
@@ -250,6 +261,7 @@ class Trainer:
             return (self._move(self.task.batch(s)) for s in todo)
         loader = torch.utils.data.DataLoader(
             _Steps(self.task), batch_size=None, sampler=list(todo), num_workers=self.c.workers, prefetch_factor=4,
+            worker_init_fn=_leave_signals,
         )
         return (self._move(parts) for parts in loader)
 
@@ -275,6 +287,12 @@ class Trainer:
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
+
+
+def _leave_signals(worker: int) -> None:
+    """Leave stopping to the training process: signals often reach the whole group, and it still needs its loaders."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _Steps(torch.utils.data.Dataset):

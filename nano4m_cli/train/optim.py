@@ -2,10 +2,63 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nano4m_cli.train.config import TrainConfig
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are orthogonalised (Jordan et al. 2024), equal shapes in one batched product.
+
+    The same update as `torch.optim.Muon`, bit for bit (tested), which handles one matrix at a time: at small widths
+    its many small products took a third of a training step. Parameters must be 2-D.
+    """
+
+    COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95, ns_steps: int = 5):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": ns_steps})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is None
+        for group in self.param_groups:
+            shapes: dict[tuple, list[Tensor]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    assert p.ndim == 2, p.shape
+                    shapes[tuple(p.shape)].append(p)
+            for shape, params in shapes.items():
+                for p in params:
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffers = [self.state[p]["momentum_buffer"] for p in params]
+                grads = [p.grad for p in params]
+                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+                update = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
+                update = self.orthogonalise(update, group["ns_steps"]).to(params[0].dtype)
+                lr = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(update.unbind(0)), alpha=-lr)
+
+    @classmethod
+    def orthogonalise(cls, x: Tensor, steps: int) -> Tensor:
+        """Return the Newton-Schulz approximation of each matrix's nearest (semi-)orthogonal one; (N, r, c) in bf16."""
+        a, b, c = cls.COEFFICIENTS
+        x = x.bfloat16()
+        tall = x.shape[1] > x.shape[2]
+        if tall:
+            x = x.transpose(1, 2)
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+        for _ in range(steps):
+            gram = x @ x.transpose(1, 2)
+            poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            x = torch.baddbmm(x, poly, x, beta=a)
+        return x.transpose(1, 2) if tall else x
 
 
 def build_optimizers(model: nn.Module, c: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -28,7 +81,7 @@ def build_optimizers(model: nn.Module, c: TrainConfig) -> list[torch.optim.Optim
         torch.optim.AdamW([g for g in groups if g["params"]], lr=c.lr, betas=c.betas, eps=1e-8, fused=True)
     ]
     if hidden:
-        out.append(torch.optim.Muon(hidden, lr=c.muon_lr, weight_decay=c.weight_decay))
+        out.append(Muon(hidden, lr=c.muon_lr, weight_decay=c.weight_decay))
     for optimizer in out:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

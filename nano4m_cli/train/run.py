@@ -47,12 +47,21 @@ class Prepared:
 
 def prepare(config: RunConfig, workspace: Workspace) -> Prepared:
     """Open data and build the model of a config; nothing is written."""
-    dataset = workspace.dataset(config.data.dataset)
-    modalities = config.data.modalities or _in_order(dataset)
+    folder = workspace.root / "runs" / config.name
+    chosen = config.data
+    if checkpoint.checkpoints(folder) and (folder / "config.yaml").is_file():
+        # What a run chose at its start stays chosen, whatever was fetched or tokenised since.
+        before = parse_run_config(load_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
+        chosen = chosen.model_copy(update={
+            "dataset": chosen.dataset or before.data.dataset, "modalities": chosen.modalities or before.data.modalities,
+        })
+    dataset = workspace.dataset(chosen.dataset)
+    modalities = chosen.modalities or _in_order(dataset)
     if not modalities:
         raise DataError(f"data set '{dataset.name}' has no tokens", "run 'nano4m tokenize' first")
     train = TokenData(dataset, config.data.train, modalities)
-    has_val = dataset.tokens(modalities[0], config.data.val).is_dir()
+    # A data set without the usual val split still trains; a split that was named must be there.
+    has_val = config.data.val != "val" or dataset.tokens(modalities[0], "val").is_dir()
     val = TokenData(dataset, config.data.val, modalities) if has_val else None
     torch.manual_seed(torch_seed(config.seed, "init"))
     model = FourM(config.model, train.layout)
@@ -71,7 +80,7 @@ def prepare(config: RunConfig, workspace: Workspace) -> Prepared:
         "epochs": round(config.train.steps * config.train.batch / len(train), 2),
         "modalities": {s.modality: f"{s.kind} {'x'.join(map(str, s.shape))} of {s.vocab_size}" for s in train.layout.specs},
     }
-    return Prepared(config, workspace.root / "runs" / config.name, dataset, task, summary)
+    return Prepared(config, folder, dataset, task, summary)
 
 
 def _in_order(dataset: DatasetFolder) -> list[str]:
@@ -109,6 +118,7 @@ def start(prepared: Prepared, resume: bool, device: str, callback: Callable[[Ste
         specs = checkpoint.load(checkpoint.latest(run), parts=()).state["specs"]
         check_specs([TokenSpec.model_validate(s) for s in specs], prepared.task.layout.specs)
     run.mkdir(parents=True, exist_ok=True)
+    checkpoint.sweep(run)
     with atomic_file(config_path) as file:
         file.write(dump_yaml(config).encode())
     header = {"version": __version__, "task": config.task, "created": round(time.time(), 1)}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from nano4m_cli.config import apply_overrides, build
-from nano4m_cli.data._atomic import atomic_folder, write_json
-from nano4m_cli.data.fetch import Progress, usable_cores
+from nano4m_cli.config import apply_overrides, build, dump_yaml
+from nano4m_cli.data._atomic import atomic_file, atomic_folder, write_json
+from nano4m_cli.data.fetch import Progress, ignore_interrupts, usable_cores
 from nano4m_cli.data.loader import TokenData
 from nano4m_cli.data.shards import Shard, Split, check_aligned, index_path, read_index, shard_paths, verify_shard, write_shard
 from nano4m_cli.data.workspace import DatasetFolder
@@ -24,6 +24,7 @@ from nano4m_cli.registry import MODALITIES, TOKENIZERS
 from nano4m_cli.rng import permutation, torch_seed
 from nano4m_cli.spec import TokenSpec, read_spec
 from nano4m_cli.tokenizers._base import GradientTokenizer, Tokenizer, open_tokenizer, save_tokenizer
+from nano4m_cli.train import checkpoint
 from nano4m_cli.train.config import TokenizerRunConfig, TrainConfig
 from nano4m_cli.train.loop import StepRecord, Trainer
 from nano4m_cli.train.tasks import TokenizerTask
@@ -44,13 +45,12 @@ def choose_modalities(dataset: DatasetFolder, wanted: Sequence[str]) -> list[str
 
 def make_tokenizer(dataset: DatasetFolder, modality: str, name: str | None, options: dict[str, Any]) -> Tokenizer:
     """Return an unfitted tokenizer: the modality's default, with the data set's hints, then the given options."""
-    info = dataset.info()
-    hints = dict(info.tokenizers.get(modality, {}))
-    chosen = name or hints.pop("name", None) or MODALITIES.get(modality).tokenizer
+    info, kind = dataset.info(), MODALITIES.get(modality)
+    hints = {**kind.tokenizer_config, **info.tokenizers.get(modality, {})}
+    usual = hints.pop("name", kind.tokenizer)
+    chosen = name or usual
     cls = TOKENIZERS.get(chosen)
-    if name is not None and name != info.tokenizers.get(modality, {}).get("name", MODALITIES.get(modality).tokenizer):
-        hints = {}  # hints are for the tokenizer they were written for
-    merged = {**MODALITIES.get(modality).tokenizer_config, **hints, **options}
+    merged = {**(hints if chosen == usual else {}), **options}  # hints are for the tokenizer they were written for
     return cls(modality, build(cls.Options, merged, f"tokenizer '{chosen}'"), info.sizes.get(modality, {}))
 
 
@@ -77,7 +77,7 @@ def fit_tokenizer(
         config = train or build(TrainConfig, default_training(tokenizer), "tokenizer training")
         task = TokenizerTask(tokenizer, seed, config.batch)
         trainer = Trainer(task, config, seed, run, {"task": "tokenizer"}, callback=callback)
-        if resume:
+        if resume and run is not None and checkpoint.checkpoints(run):
             trainer.resume()
         trainer.fit()
         tokenizer.module.eval()
@@ -87,8 +87,9 @@ def fit_tokenizer(
 
 def default_training(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the training settings a tokenizer is fitted with unless a config says otherwise."""
-    steps = tokenizer.train.get("steps", 500)
-    return {"log_every": 100, "val_every": steps, "checkpoint_every": steps, **tokenizer.train}
+    usual = tokenizer.train["steps"] * (2 if tokenizer.modality == "rgb" else 1)  # colour is the hard one
+    steps = getattr(tokenizer.options, "fit_steps", None) or usual
+    return {"log_every": 100, "val_every": steps, "checkpoint_every": steps, **tokenizer.train, "steps": steps}
 
 
 def tokenizer_for(dataset: DatasetFolder, modality: str, overrides: Sequence[str], callback=None) -> tuple[Tokenizer, bool]:
@@ -115,6 +116,45 @@ def tokenizer_for(dataset: DatasetFolder, modality: str, overrides: Sequence[str
         with atomic_folder(folder) as aside:
             save_tokenizer(fresh, aside)
     return open_tokenizer(folder), fresh.fitted
+
+
+def fit_missing(
+    dataset: DatasetFolder, overrides: Mapping[str, Sequence[str]], workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Fit the tokenizers that the modalities in `overrides` lack, side by side; return which were fitted.
+
+    One thread each: on a CPU several small fits at once end sooner than one after the other, and the result does not
+    depend on the number of cores.
+    """
+    progress = progress or (lambda what, done, total: None)
+    todo = [m for m in overrides if not (dataset.tokenizer(m) / "tokenizer.json").is_file()]
+    if not todo:
+        return []
+    context = multiprocessing.get_context("spawn")
+    processes = min(workers or usable_cores(), len(todo))
+    with context.Manager() as manager, ProcessPoolExecutor(processes, context, _start_worker) as pool:
+        queue = manager.Queue()
+        pending = {pool.submit(_fit_one, dataset, m, list(overrides[m]), queue) for m in todo}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=0.5)
+                while not queue.empty():
+                    progress(*queue.get())
+                for future in done:
+                    future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return todo
+
+
+def _fit_one(dataset: DatasetFolder, modality: str, overrides: list[str], queue: Any) -> None:
+    def tell(record: StepRecord) -> None:
+        if record.kind == "train":
+            queue.put((f"fit {modality}", record.step, record.steps))
+
+    tokenizer_for(dataset, modality, overrides, tell)
 
 
 @dataclass(frozen=True)
@@ -201,7 +241,9 @@ def _encode_shard(folder: Path, modality: str, raw: Path, target: Path) -> None:
     write_shard(target, samples())
 
 
-def _limit_threads() -> None:
+def _start_worker() -> None:
+    """Start a worker process: one thread, and Ctrl-C left to the parent."""
+    ignore_interrupts()
     torch.set_num_threads(1)
 
 
@@ -218,7 +260,7 @@ def _run_jobs(folder: Path, modality: str, jobs: list[tuple[Path, Path, int]], w
             torch.set_num_threads(threads)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_limit_threads) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_start_worker) as pool:
         futures = {pool.submit(_encode_shard, folder, modality, raw, target): n for raw, target, n in jobs}
         try:
             for future in as_completed(futures):
@@ -260,6 +302,9 @@ def fit_from_config(config: TokenizerRunConfig, dataset: DatasetFolder, run: Pat
     if (folder / "tokenizer.json").is_file():
         raise ConfigError(f"{folder} holds a tokenizer already", f"delete it and {dataset.tokens(choice.modality)} first")
     tokenizer = make_tokenizer(dataset, choice.modality, choice.name, choice.options)
+    run.mkdir(parents=True, exist_ok=True)
+    with atomic_file(run / "config.yaml") as file:
+        file.write(dump_yaml(config).encode())
     fit_tokenizer(dataset, tokenizer, config.seed, config.train, callback, run, resume, config.data.train)
     return tokenizer
 

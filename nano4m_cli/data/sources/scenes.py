@@ -57,7 +57,7 @@ DETERMINED = {
     "caption": ("shape", "colour", "size", "material"),
 }
 
-SCALE = {"large": 0.88, "small": 0.50}  # metres; times (radius, height) of the shape
+SCALE = {"large": 0.88, "small": 0.60}  # metres; times (radius, height) of the shape
 PROPORTIONS = {"sphere": (1.0, 2.0), "cube": (0.76, 1.52), "cylinder": (0.66, 2.10)}  # cube: half edge
 SCALE_JITTER = 0.05
 NEAR_Z, FAR_Z = 3.6, 4.8  # metres, of the objects' middles
