@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -59,3 +60,16 @@ def test_commands_run_as_written(tmp_path):
             shutil.copy(tmp_path / "generated" / "demo" / "rgb.png", tmp_path / "picture.png")
     assert (tmp_path / "runs" / "demo" / "report" / "index.html").stat().st_size > 10_000
     assert (tmp_path / "generated" / "demo" / "audio.wav").stat().st_size > 1000
+    # The same checkpoint gives the same file.
+    results = tmp_path / "runs" / "demo" / "eval"
+    before = {p.name: p.read_bytes() for p in results.glob("*.json")}
+    assert {"class.json", "crossmodal.json", "loss.json", "retrieval.json", "tokenizer.json", "linear.json"} <= set(before)
+    again = [sys.executable, "-m", "nano4m_cli", "eval", "--limit", "12"]
+    assert subprocess.run(again, cwd=tmp_path, env=env, capture_output=True, timeout=600).returncode == 0
+    for name, data in before.items():
+        if name != "gallery.json":
+            assert (results / name).read_bytes() == data, name
+    for name, data in before.items():
+        for metric in json.loads(data)["metrics"]:
+            assert {"name", "value", "n", "ci95", "chance"} <= set(metric), (name, metric)
+            assert metric["n"] > 0 and metric["value"] is not None, (name, metric)

@@ -480,7 +480,7 @@ def at(modality, i, make):
     [
         (lambda m, j, a: npy(a.astype("<u4")) if m == "pic" else None, "stored as <u4, <u2 expected"),
         (lambda m, j, a: npy(a.astype(">u2")) if m == "pic" else None, "stored as >u2, <u2 expected"),
-        (lambda m, j, a: npy(np.asfortranarray(a)) if m == "pic" else None, "stored as <u2, <u2 expected"),
+        (lambda m, j, a: npy(np.asfortranarray(a)) if m == "pic" else None, "stored as <u2 in Fortran order, <u2 expected"),
         (at("pic", 1, lambda a: npy(a[:1])), "'k001' has 6 ids of pic, 12 expected"),
         (at("snd", 7, lambda a: npy(a[:-1])), "'k007' has 7 ids of snd, 8 expected"),
         (at("txt", 4, lambda a: npy(np.arange(8, dtype="<u2"))), "'k004' has 8 ids of txt, 1 to 7 allowed"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,7 +48,12 @@ class _Column:
         if not same.all():
             bad = int(np.argmin(same))
             found = bytes(data[offset[bad] + 10 : offset[bad] + header[bad]]).decode("latin1").strip()
-            raise ShardError(f"{where}: ids of '{shard.keys[bad]}' are stored as {found}, {spec.dtype.str} expected")
+            kind = re.search(r"'descr': '([^']*)'", found)
+            order = " in Fortran order" if "'fortran_order': True" in found else ""
+            raise ShardError(
+                f"{where}: ids of '{shard.keys[bad]}' are stored as {kind.group(1) if kind else found}{order}, "
+                f"{spec.dtype.str} expected"
+            )
         length = (size - header) // spec.dtype.itemsize
         if spec.kind == "sequence":
             if (length > spec.slots).any() or (length < 1).any():

@@ -116,7 +116,7 @@ def generate_files(
         kind = MODALITIES.get(name)
         raw = truth[name] if value is None else kind.from_text(value)
         if value is not None and kind.kind != "text":
-            report.notices += [note] if (note := kind.conversion(Path(value))) else []
+            report.notices += [f"{name}: {note}"] if (note := kind.conversion(Path(value))) else []
         raws[name], notice = tokenizers[name].adapt(raw)
         if notice:
             report.notices.append(notice)

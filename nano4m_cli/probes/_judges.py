@@ -23,8 +23,8 @@ from nano4m_cli.registry import MODALITIES
 from nano4m_cli.rng import permutation, torch_seed
 from nano4m_cli.tokenizers.fsq_mel import Tokenizer as Mel
 
-VERSION = 2
-SAMPLES, STEPS, BATCH = 12_000, 400, 64
+VERSION = 3
+SAMPLES, STEPS, BATCH = 12_000, {"rgb": 320, "audio": 180}, 64
 STRIDE = {"audio": (3, 4)}  # log-mel frames x bands; pictures: (2, 2)
 
 
@@ -72,7 +72,7 @@ class Judge:
         if self.modality == "audio":
             mel = torch.cat([self.mel.log_mel(np.stack([self.mel.comparable(r) for r in raws[i : i + 256]]))
                              for i in range(0, len(raws), 256)])
-            return ((mel + 6.0) / 4.0)[:, None].contiguous()  # (B, 1, frames, mels)
+            return ((mel - 1.0) / 4.0)[:, None].contiguous()  # (B, 1, frames, mels)
         x = np.stack(raws).astype(np.float32)
         return torch.from_numpy((x / 255.0 - 0.5) * 2.0).permute(0, 3, 1, 2).contiguous()
 
@@ -89,6 +89,7 @@ class Judge:
     def fit(self, raws: Sequence[Any], labels: Sequence[dict], seed: int, progress: Callable[[int, int], None]) -> None:
         """Train on real samples; objects that a sample lacks do not count."""
         torch.manual_seed(torch_seed(seed, "judge"))
+        steps = STEPS[self.modality]
         x = self._inputs(raws)
         self.net = self.new_net(x.shape[1])
         y = {a: torch.full((len(raws), self.objects), -100) for a in self.attributes}
@@ -97,9 +98,9 @@ class Judge:
                 for a, values in self.attributes.items():
                     y[a][i, o] = values.index(thing[a])
         optimizer = torch.optim.AdamW(self.net.parameters(), lr=2e-3, weight_decay=0.02, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=STEPS)
-        order = np.concatenate([permutation(len(raws), seed, "judge", e) for e in range(-(-STEPS * BATCH // len(raws)))])
-        for step in range(STEPS):
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+        order = np.concatenate([permutation(len(raws), seed, "judge", e) for e in range(-(-steps * BATCH // len(raws)))])
+        for step in range(steps):
             rows = torch.from_numpy(order[step * BATCH : (step + 1) * BATCH])
             image = degrade(x[rows], torch.Generator().manual_seed(torch_seed(seed, "judge-noise", step)))
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -111,7 +112,7 @@ class Judge:
             optimizer.step()
             schedule.step()
             if step % 50 == 0:
-                progress(step, STEPS)
+                progress(step, steps)
         self.net.eval()
 
     def judge(self, raws: Sequence[Any]) -> dict[str, np.ndarray]:

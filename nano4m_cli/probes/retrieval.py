@@ -10,7 +10,7 @@ from nano4m_cli.probes._result import Metric, mean_metric
 
 KIND = "eval"
 GALLERY = 200
-TEXT_GALLERY = 100  # texts are scored one by one
+TEXT_GALLERY = 50  # texts are scored one by one
 
 
 class Probe(Base):

@@ -1,8 +1,9 @@
 """The autoencoder that the FSQ tokenizers share: patches in, one code per patch, patches out.
 
 All work is done at the resolution of the code grid (matrix products, quick on a CPU): a patch embedding, residual MLPs
-that also mix over the grid (MLP-Mixer, Tolstikhin et al. 2021), FSQ, and the same again. Mixing before the codes lets
-empty patches carry what a crowded one cannot. It models the residual to the mean sample of the train split, and weighs
+that see their own patch only, FSQ, and residual MLPs that also mix over the grid (MLP-Mixer, Tolstikhin et al. 2021).
+Mixing before the codes as well raises PSNR by half a decibel, but then a code no longer means one place, and a model
+finds the codes far harder to predict (docs/RESULTS.md). It models the residual to the mean sample of the train split, and weighs
 each value by how far it lies from that mean, so that small foreground objects are not drowned by background.
 """
 
@@ -18,12 +19,12 @@ from nano4m_cli.tokenizers._fsq import FSQ
 
 
 class Block(nn.Module):
-    """Residual: a linear mix over the grid's places, then a pointwise MLP. (B, T, D) -> same."""
+    """Residual: with `tokens`, a linear mix over the grid's places; then a pointwise MLP. (B, T, D) -> same."""
 
-    def __init__(self, width: int, tokens: int, expand: int = 2):
+    def __init__(self, width: int, tokens: int = 0, expand: int = 2):
         super().__init__()
-        self.mix_norm = nn.LayerNorm(width)
-        self.mix = nn.Parameter(torch.zeros(tokens, tokens))
+        self.mix_norm = nn.LayerNorm(width) if tokens else None
+        self.mix = nn.Parameter(torch.zeros(tokens, tokens)) if tokens else None
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, width * expand)
         self.down = nn.Linear(width * expand, width)
@@ -31,7 +32,8 @@ class Block(nn.Module):
         nn.init.zeros_(self.down.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + torch.matmul(self.mix, self.mix_norm(x))
+        if self.mix is not None:
+            x = x + torch.matmul(self.mix, self.mix_norm(x))
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
@@ -50,7 +52,7 @@ class PatchAutoencoder(nn.Module):
         self.place = nn.Parameter(torch.zeros(tokens, width))
         self.place_out = nn.Parameter(torch.zeros(tokens, width))
         self.embed = nn.Linear(patch, width)
-        self.encoder = nn.Sequential(*[Block(width, tokens) for _ in range(depth)])
+        self.encoder = nn.Sequential(*[Block(width) for _ in range(depth)])
         self.to_code = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(levels)))
         self.fsq = FSQ(levels)
         self.from_code = nn.Linear(len(levels), width)

@@ -37,7 +37,7 @@ class Tokenizer(Base):
         self.longest = options.max_length
 
     def _text(self, raw: str) -> str:
-        text = " ".join(raw.replace(EOS, EOS.strip("<>")).split())  # the end is never written inside a text
+        text = " ".join(raw.split())
         return text.lower() if self.options.lower else text
 
     def comparable(self, raw: str) -> str:
@@ -59,6 +59,7 @@ class Tokenizer(Base):
             initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
         )
         model.train_from_iterator(texts, trainer)
+        model.encode_special_tokens = True  # "<eos>" written in a text is text, not its end
         self.model = model
         if not self.options.max_length:
             longest = max(len(e.ids) for e in model.encode_batch(texts)) + 1
@@ -101,6 +102,7 @@ class Tokenizer(Base):
     def load(self, folder: Path) -> None:
         try:
             self.model = hf.Tokenizer.from_file(str(folder / "bpe.json"))
+            self.model.encode_special_tokens = True
             self.longest = int((folder / "length.json").read_text())
         except Exception as err:  # the library raises a bare Exception
             raise WeightsError(f"{folder} holds no usable vocabulary: {err}", "delete the folder and tokenize again") from err

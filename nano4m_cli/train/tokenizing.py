@@ -122,10 +122,10 @@ def fit_missing(
     dataset: DatasetFolder, overrides: Mapping[str, Sequence[str]], workers: int | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Fit the tokenizers that the modalities in `overrides` lack, side by side; return which were fitted.
+    """Fit the tokenizers that the modalities in `overrides` lack and encode with them, side by side; return which.
 
-    One thread each: on a CPU several small fits at once end sooner than one after the other, and the result does not
-    depend on the number of cores.
+    One process and thread for each modality: on a CPU several small fits at once end sooner than one after the other,
+    and the result does not depend on the number of cores.
     """
     progress = progress or (lambda what, done, total: None)
     todo = [m for m in overrides if not (dataset.tokenizer(m) / "tokenizer.json").is_file()]
@@ -155,6 +155,7 @@ def _fit_one(dataset: DatasetFolder, modality: str, overrides: list[str], queue:
             queue.put((f"fit {modality}", record.step, record.steps))
 
     tokenizer_for(dataset, modality, overrides, tell)
+    tokenize(dataset, modality, overrides, 1, lambda what, done, total: queue.put((what, done, total)))
 
 
 @dataclass(frozen=True)

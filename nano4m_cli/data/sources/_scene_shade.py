@@ -130,8 +130,9 @@ def _shade_body(grid: Grid, traced: Traced, body: Body, others: list[Body], ligh
     shine = np.maximum(rx * lx + ry * ly + rz * lz, 0)
     gain, floor = (2.6, 1.5) if body.shape == "sphere" else (3.6, 1.4)  # bulged faces catch less of a narrow highlight
     shine = np.clip(shine * shine * F32(gain) - F32(floor), 0, 1) * (diffuse > 0)
-    base = F32(0.06) + F32(0.30) * (ambient + diffuse) + F32(0.58) * sky
-    return base[:, None] * albedo + shine[:, None]
+    base = F32(0.06) + F32(0.25) * (ambient + diffuse) + F32(0.45) * sky
+    coat = F32(0.42) * np.maximum(sky - F32(0.35), 0) + shine  # a polished coat mirrors the sky without the tint
+    return base[:, None] * albedo + coat[:, None]
 
 
 def shrink(rgb: np.ndarray, factor: int) -> np.ndarray:
