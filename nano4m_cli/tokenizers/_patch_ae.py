@@ -2,9 +2,10 @@
 
 All work is done at the resolution of the code grid (matrix products, quick on a CPU): a patch embedding, residual MLPs
 that see their own patch only, FSQ, and residual MLPs that also mix over the grid (MLP-Mixer, Tolstikhin et al. 2021).
-Mixing before the codes as well raises PSNR by half a decibel, but then a code no longer means one place, and a model
-finds the codes far harder to predict (docs/RESULTS.md). It models the residual to the mean sample of the train split, and weighs
-each value by how far it lies from that mean, so that small foreground objects are not drowned by background.
+Mixing before the codes as well (`encoder_mixing`) lets empty patches help crowded ones, but then a code no longer means
+one place, and a model finds the codes harder to predict (docs/RESULTS.md). It models the residual to the mean sample of
+the train split, and weighs each value by how far it lies from that mean, so that small foreground objects are not
+drowned by background.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class PatchAutoencoder(nn.Module):
         grid: (H, W) of codes. patch: values per patch P. levels: FSQ levels. width, depth: of each half.
     """
 
-    def __init__(self, grid: tuple[int, int], patch: int, levels: Sequence[int], width: int, depth: int):
+    def __init__(
+        self, grid: tuple[int, int], patch: int, levels: Sequence[int], width: int, depth: int, encoder_mixing: bool = False
+    ):
         super().__init__()
         tokens = grid[0] * grid[1]
         self.register_buffer("mean", torch.zeros(*grid, patch))
@@ -52,7 +55,7 @@ class PatchAutoencoder(nn.Module):
         self.place = nn.Parameter(torch.zeros(tokens, width))
         self.place_out = nn.Parameter(torch.zeros(tokens, width))
         self.embed = nn.Linear(patch, width)
-        self.encoder = nn.Sequential(*[Block(width) for _ in range(depth)])
+        self.encoder = nn.Sequential(*[Block(width, tokens if encoder_mixing else 0) for _ in range(depth)])
         self.to_code = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(levels)))
         self.fsq = FSQ(levels)
         self.from_code = nn.Linear(len(levels), width)

@@ -36,6 +36,7 @@ class Tokenizer(GradientTokenizer):
         width: int = 128
         depth: int = 2
         emphasis: float = 2.0
+        encoder_mixing: bool = False
         fit_samples: int = 12_000
         fit_steps: int | None = None
 
@@ -166,7 +167,9 @@ class Tokenizer(GradientTokenizer):
 
     def _make(self) -> None:
         o = self.options
-        self.module = PatchAutoencoder(self.grid, o.patch**2 * self.channels, o.levels, o.width, o.depth)
+        self.module = PatchAutoencoder(
+            self.grid, o.patch**2 * self.channels, o.levels, o.width, o.depth, o.encoder_mixing
+        )
         self.module.register_buffer("low", torch.zeros(()))
         self.module.register_buffer("high", torch.ones(()))
 

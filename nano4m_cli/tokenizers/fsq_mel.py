@@ -39,6 +39,7 @@ class Tokenizer(GradientTokenizer):
         width: int = 128
         depth: int = 2
         emphasis: float = 1.0
+        encoder_mixing: bool = False
         griffin_lim: int = 16
         fit_samples: int = 8_000
         fit_steps: int | None = None
@@ -142,7 +143,7 @@ class Tokenizer(GradientTokenizer):
 
     def _make(self) -> None:
         o = self.options
-        self.module = PatchAutoencoder((self.steps, 1), o.frames * o.mels, o.levels, o.width, o.depth)
+        self.module = PatchAutoencoder((self.steps, 1), o.frames * o.mels, o.levels, o.width, o.depth, o.encoder_mixing)
 
     def build(self, state: dict[str, Tensor]) -> None:
         self._make()
