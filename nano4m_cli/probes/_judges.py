@@ -70,8 +70,8 @@ class Judge:
 
     def _inputs(self, raws: Sequence[Any]) -> Tensor:
         if self.modality == "audio":
-            mel = torch.cat([self.mel.log_mel(np.stack([self.mel.comparable(r) for r in raws[i : i + 256]]))
-                             for i in range(0, len(raws), 256)])
+            mel = torch.cat([self.mel.log_mel(np.stack([self.mel.comparable(r) for r in raws[i : i + 8]]))
+                             for i in range(0, len(raws), 8)])
             return ((mel - 1.0) / 4.0)[:, None].contiguous()  # (B, 1, frames, mels)
         x = np.stack(raws).astype(np.float32)
         return torch.from_numpy((x / 255.0 - 0.5) * 2.0).permute(0, 3, 1, 2).contiguous()

@@ -84,7 +84,9 @@ class Tokenizer(GradientTokenizer):
 
     def _patches(self, raws: Sequence[np.ndarray]) -> Tensor:
         """Return (B, steps, 1, frames * mels)."""
-        mel = self.log_mel(np.stack([self._fixed(r) for r in raws]))
+        # A few clips at a time: their spectra stay in the cache, and memory is not faulted in anew for each batch.
+        fixed = [self._fixed(r) for r in raws]
+        mel = torch.cat([self.log_mel(np.stack(fixed[i : i + 8])) for i in range(0, len(fixed), 8)])
         return mel.reshape(len(raws), self.steps, 1, -1)
 
     def spec(self) -> TokenSpec:
