@@ -22,7 +22,7 @@ EOS = "<eos>"
 
 class Tokenizer(Base):
     class Options(Config):
-        """vocab: largest vocabulary (merges stop earlier on small texts). max_length: 0 = 1.25 x the longest seen."""
+        """vocab: largest vocabulary (merges stop earlier on small texts). max_length: 0 = twice the longest seen."""
 
         vocab: int = 1024
         lower: bool = True
@@ -63,7 +63,7 @@ class Tokenizer(Base):
         self.model = model
         if not self.options.max_length:
             longest = max(len(e.ids) for e in model.encode_batch(texts)) + 1
-            self.longest = -(-longest * 5 // 4)
+            self.longest = 2 * longest
 
     @property
     def eos(self) -> int:
