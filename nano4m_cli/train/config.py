@@ -55,7 +55,6 @@ class TrainConfig(Config):
     clip: float = Field(1.0, gt=0)
     ema: float = Field(0.0, ge=0, lt=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool = False
     log_every: int = Field(25, ge=1)
     val_every: int = Field(250, ge=1)
     val_samples: int = Field(400, ge=1)
