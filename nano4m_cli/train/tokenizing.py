@@ -131,6 +131,7 @@ def fit_missing(
     todo = [m for m in overrides if not (dataset.tokenizer(m) / "tokenizer.json").is_file()]
     if not todo:
         return []
+    todo.sort(key=lambda m: MODALITIES.get(m).kind != "audio")  # sound takes longest to read: it starts first
     context = multiprocessing.get_context("spawn")
     processes = min(workers or usable_cores(), len(todo))
     with context.Manager() as manager, ProcessPoolExecutor(processes, context, _start_worker) as pool:
