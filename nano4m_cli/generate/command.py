@@ -74,11 +74,10 @@ def take(run: OpenRun, state: State, row: int, modality: str) -> np.ndarray:
     return state.ids_BC[row, columns][state.known_BC[row, columns]]
 
 
-def training_frequency(run: OpenRun, sources: Sequence[str], target: str) -> float:
-    """Return the share of training samples that posed sources -> target (0: never seen)."""
+def training_frequencies(run: OpenRun) -> dict[str, float]:
+    """Return the share of training samples that posed each direction (those never posed are not there)."""
     lengths = TokenData(run.dataset, run.config.data.train, run.layout.names).lengths(8192)
-    report = run.mixture.simulate(lengths, run.config.seed)
-    return report.directions.get(direction(list(sources), target, run.layout.names), 0.0)
+    return run.mixture.simulate(lengths, run.config.seed, 16384).directions
 
 
 def generate_files(
@@ -120,10 +119,10 @@ def generate_files(
         raws[name], notice = tokenizers[name].adapt(raw)
         if notice:
             report.notices.append(notice)
-    so_far = list(conditions)
+    so_far, posed = list(conditions), training_frequencies(run)
     for target in targets:
-        if training_frequency(run, so_far, target) < IN_DISTRIBUTION:
-            report.notices.append(f"{direction(so_far, target, names)} was (almost) never posed in training: expect little")
+        if posed.get(way := direction(so_far, target, names), 0.0) < IN_DISTRIBUTION:
+            report.notices.append(f"{way} was (almost) never posed in training: expect little")
         so_far.append(target)
 
     state = empty_state(run, n)

@@ -94,6 +94,7 @@ class FourM(nn.Module):
         self.enc_norm, self.dec_norm = make_norm(config.norm, d), make_norm(config.norm, d)
         self.context = linear(d, d)
         self.head = TokenTable(layout, d, d**-0.5 * 0.5)
+        self.register_buffer("sequence_C", torch.from_numpy(layout.sequence_C), persistent=False)
         self.register_buffer("modality_C", torch.from_numpy(layout.modality_C), persistent=False)
         self.register_buffer("vocab_C", torch.from_numpy(layout.vocab_start[layout.group_C]), persistent=False)
 
@@ -127,7 +128,7 @@ class FourM(nn.Module):
         context = self.context(encoded)
         modality = self.modality_C[batch.dec_col]
         y = self.dec_modality[modality] + self.position[batch.dec_col]
-        text = torch.from_numpy(self.layout.sequence_C).to(y.device)[batch.dec_col]
+        text = self.sequence_C[batch.dec_col]
         if bool(text.any()):
             at = text.nonzero().squeeze(1)
             prev = batch.dec_prev[at]

@@ -15,6 +15,7 @@ from nano4m_cli.data.loader import TokenData
 from nano4m_cli.data.shards import Split
 from nano4m_cli.data.sources._base import DatasetInfo
 from nano4m_cli.errors import DataError
+from nano4m_cli.generate.command import training_frequencies
 from nano4m_cli.generate.sampler import GenerateOptions, State, chain
 from nano4m_cli.masking._mixture import IN_DISTRIBUTION, direction
 from nano4m_cli.model.batch import pack
@@ -148,8 +149,7 @@ class Context:
     @cached_property
     def frequencies(self) -> dict[str, float]:
         """Return how often training posed each direction."""
-        train = TokenData(self.dataset, self.run.config.data.train, self.names)
-        return self.run.mixture.simulate(train.lengths(8192), self.run.config.seed, 16384).directions
+        return training_frequencies(self.run)
 
     def direction(self, sources: Sequence[str], target: str) -> str:
         return direction(list(sources), target, self.names)
