@@ -78,7 +78,10 @@ def load_yaml(path: str | os.PathLike) -> dict:
 
 
 def apply_overrides(data: dict, overrides: Sequence[str]) -> dict:
-    """Return a copy of `data` with each "key.sub=value" (value in YAML) set; sections are made where missing."""
+    """Return a copy of `data` with each "key.sub=value" (value in YAML) set; sections are made where missing.
+
+    An entry of a list is named by its number from 0: "masking.components.0.weight=0.5".
+    """
     out = _copy(data)
     for item in overrides:
         key, eq, text = item.partition("=")
@@ -87,14 +90,24 @@ def apply_overrides(data: dict, overrides: Sequence[str]) -> dict:
         *sections, last = key.split(".")
         node = out
         for depth, part in enumerate(sections):
-            child = node.get(part)
+            at = _entry(node, part, item)
+            child = node[at] if isinstance(node, list) else node.get(at)
             if child is None:
-                child = node[part] = {}
-            elif not isinstance(child, dict):
+                child = node[at] = {}
+            elif not isinstance(child, dict | list):
                 raise ConfigError(f"override '{item}': '{'.'.join(sections[: depth + 1])}' is a value, not a section")
             node = child
-        node[last] = parse_yaml(text, f"override '{item}'") if text else None
+        node[_entry(node, last, item)] = parse_yaml(text, f"override '{item}'") if text else None
     return out
+
+
+def _entry(node: dict | list, part: str, item: str) -> str | int:
+    """Return what `part` of a dotted key names in a section or list."""
+    if isinstance(node, dict):
+        return part
+    if not part.isdecimal() or int(part) >= len(node):
+        raise ConfigError(f"override '{item}': '{part}' is not an entry of this list", f"0 to {len(node) - 1}")
+    return int(part)
 
 
 def build(cls: type[C], data: Any, where: str = "config") -> C:
@@ -132,7 +145,9 @@ def _short(value: Any) -> str:
 
 
 def _copy(node: Any) -> Any:
-    return {k: _copy(v) for k, v in node.items()} if isinstance(node, dict) else node
+    if isinstance(node, dict):
+        return {k: _copy(v) for k, v in node.items()}
+    return [_copy(v) for v in node] if isinstance(node, list) else node
 
 
 def _fields_at(cls: type[BaseModel], loc: Sequence[Any]) -> list[str]:

@@ -97,7 +97,7 @@ def test_muon_is_torchs_muon_bit_for_bit():
     start_ = [torch.randn(s, generator=make) for s in shapes]
     ours, theirs = ([torch.nn.Parameter(t.clone()) for t in start_] for _ in range(2))
     options = dict(lr=0.02, weight_decay=0.1, momentum=0.95, ns_steps=5)
-    mine, reference = Muon(ours, **options), torch.optim.Muon(theirs, nesterov=True, **options)
+    mine, reference = Muon(ours, **options, dtype=torch.bfloat16), torch.optim.Muon(theirs, nesterov=True, **options)
     for step in range(6):
         for optimizer in (mine, reference):
             optimizer.param_groups[0]["lr"] = 0.02 * (step + 1) / 6

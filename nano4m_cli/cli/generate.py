@@ -36,6 +36,9 @@ def command(
     text_temperature: Annotated[float | None, typer.Option("--text-temperature", metavar="T", help="Of text.")] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", metavar="K", help="The K likeliest ids only.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", metavar="P", help="The ids that hold share P only.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", metavar="S", help="How strongly conditions pull (1: plainly).")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     root: Root = None,
@@ -56,7 +59,7 @@ def command(
     conditions = read_conditions(given or [], sample is not None)
     asked = {
         "scheme": scheme, "steps": steps, "temperature": temperature, "text_temperature": text_temperature,
-        "top_k": top_k, "top_p": top_p, "seed": seed,
+        "top_k": top_k, "top_p": top_p, "guidance": guidance, "seed": seed,
     }
     from nano4m_cli.config import build
     from nano4m_cli.data.workspace import Workspace

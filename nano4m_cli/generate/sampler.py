@@ -25,7 +25,11 @@ Scheme = Literal["auto", "roar", "maskgit", "ar", "onepass"]
 
 class GenerateOptions(Config):
     """scheme: roar (random order), maskgit (most confident first), ar (left to right), onepass (all at once); auto is
-    roar for grids and codes. Text is always ar. Order of filters: temperature, top-k, top-p; temperature 0 is greedy."""
+    roar for grids and codes. Text is always ar. Order of filters: temperature, top-k, top-p; temperature 0 is greedy.
+
+    guidance: scale s of classifier-free guidance of grids and codes (Ho and Salimans 2022, arXiv:2207.12598): logits
+    are u + s (c - u), where c sees all that is known and u only the target's own known slots. 1: none, and half the work.
+    """
 
     scheme: Scheme = "auto"
     steps: int = Field(12, ge=1)
@@ -34,6 +38,7 @@ class GenerateOptions(Config):
     text_temperature: float = Field(0.3, ge=0)
     top_k: int | None = Field(None, ge=1)
     top_p: float | None = Field(None, gt=0, le=1)
+    guidance: float = Field(1.0, ge=0, le=100)
     seed: int = Field(0, ge=0)
 
 
@@ -112,20 +117,29 @@ def _ask(model: FourM, state: State, columns: slice, asked_BL: np.ndarray, targe
     layout = model.layout
     asked_BC = np.zeros(state.known_BC.shape, dtype=bool)
     asked_BC[:, columns] = asked_BL
-    packed = pack(layout, state.ids_BC, state.known_BC, asked_BC, model.config.registers).to(_device(model))
-    per_group = model(packed)
-    n = len(packed.dec_col)
-    ids, logp = np.zeros(n, dtype=np.int64), np.zeros(n)
     row, col = np.nonzero(asked_BC)
+    ids_BC, shown_BC = state.ids_BC, state.known_BC
+    guided = o.guidance != 1.0
+    if guided:  # every request once more, with nothing but the target shown
+        bare_BC = shown_BC & (np.arange(layout.columns) >= columns.start) & (np.arange(layout.columns) < columns.stop)
+        ids_BC, shown_BC, asked_BC = np.tile(ids_BC, (2, 1)), np.concatenate([shown_BC, bare_BC]), np.tile(asked_BC, (2, 1))
+    packed = pack(layout, ids_BC, shown_BC, asked_BC, model.config.registers).to(_device(model))
+    per_group = model(packed)
+    ids, logp = np.zeros(len(row), dtype=np.int64), np.zeros(len(row))
     slot = col - columns.start
     u = uniform(o.seed, f"draw/{target}", state.request_B[row], slot, step)
     for index, logits in zip(packed.group_index, per_group, strict=True):
         if index is None:
             continue
+        logits = logits.float()
+        if guided:
+            half = len(logits) // 2
+            index, given, bare = index[:half], logits[:half], logits[half:]
+            logits = bare + o.guidance * (given - bare)
         at = index.cpu().numpy()
         drawn, _ = draw(filter_logits(logits, o.temperature, o.top_k, o.top_p), u[at])
         # Confidence is the model's own, before temperature and filters.
-        score = logits.float().log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1)
+        score = logits.log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1)
         ids[at], logp[at] = drawn.cpu().numpy(), score.cpu().numpy()
     return row, slot, ids, logp
 

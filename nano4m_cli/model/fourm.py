@@ -103,7 +103,7 @@ class FourM(nn.Module):
     def embed_shown(self, batch: Packed) -> Tensor:
         """Return the encoder's input (Te, D)."""
         col = batch.enc_col.clamp_min(0)
-        x = F.embedding(self.vocab_C[col] + batch.enc_ids, self.embed.weight())
+        x = self.embed(self.vocab_C[col] + batch.enc_ids)
         x = x + self.enc_modality[self.modality_C[col]] + self.position[col]
         if self.config.registers:
             at = (batch.enc_col < 0).nonzero().squeeze(1)
@@ -133,7 +133,7 @@ class FourM(nn.Module):
             at = text.nonzero().squeeze(1)
             prev = batch.dec_prev[at]
             rows = (self.vocab_C[batch.dec_col[at]] + prev).clamp_min(0)
-            told = torch.where((prev >= 0)[:, None], F.embedding(rows, self.embed.weight()), self.begin[modality[at]])
+            told = torch.where((prev >= 0)[:, None], self.embed(rows), self.begin[modality[at]])
             y = y.index_add(0, at, told.to(y.dtype))
         own = Mask(batch.dec_self, batch.dec_self, causal=batch.dec_causal)
         cross = Mask(batch.dec, batch.enc, k_row=batch.dec_context)

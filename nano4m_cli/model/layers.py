@@ -60,8 +60,11 @@ class TokenTable(nn.Module):
     """One vector per id of every vocabulary group, side by side in one (V, D) table.
 
     Where ids are mixed-radix numbers (finite scalar quantisation), a vector per level value is added, so that codes
-    which share a level share what is learned of it.
+    which share a level share what is learned of it. The own vectors of such ids start near zero (`OWN` of the usual
+    spread): a code begins as the sum of its levels and departs from it as far as its own samples say.
     """
+
+    OWN = 0.05
 
     def __init__(self, layout: Layout, width: int, std: float):
         super().__init__()
@@ -73,10 +76,13 @@ class TokenTable(nn.Module):
             rows = np.zeros((total, most), dtype=np.int64)  # row 0 of the level table stays zero
             used = 1
             for g, (m, _, size) in enumerate(layout.groups):
+                own = slice(layout.vocab_start[g], layout.vocab_start[g + 1])
                 ids, base = np.arange(size), 1
                 for d, level in enumerate(layout.specs[m].levels):
-                    rows[layout.vocab_start[g] : layout.vocab_start[g + 1], d] = used + (ids // base) % level
+                    rows[own, d] = used + (ids // base) % level
                     used, base = used + level, base * level
+                if layout.specs[m].levels:
+                    self.table.data[own] *= self.OWN
             self.register_buffer("level_row", torch.from_numpy(rows), persistent=False)
             self.level = nn.Parameter(torch.randn(used, width) * std)
 
@@ -85,6 +91,13 @@ class TokenTable(nn.Module):
         if not self.factored:
             return self.table
         return self.table + F.embedding_bag(self.level_row, self.level, mode="sum", padding_idx=0)
+
+    def forward(self, rows_T: Tensor) -> Tensor:
+        """Return (T, D), rows of `weight()`, without making the others."""
+        own = F.embedding(rows_T, self.table)
+        if not self.factored:
+            return own
+        return own + F.embedding_bag(self.level_row[rows_T], self.level, mode="sum", padding_idx=0)
 
 
 class MLP(nn.Module):
@@ -104,22 +117,22 @@ class MLP(nn.Module):
 class Attention(nn.Module):
     """Self-attention, or cross-attention where `context` is given. (T, D) -> (T, D)."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, out_gain: float, backend: str):
+    def __init__(self, cfg, out_gain: float):
         super().__init__()
-        self.heads, self.backend = heads, backend
+        width, self.heads, self.backend = cfg.width, cfg.heads, cfg.attention
         self.q = linear(width, width)
         self.kv = linear(width, 2 * width)
         self.out = linear(width, width, out_gain)
-        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None
-        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None
+        # Queries and keys normalised per head (Henry et al. 2020, arXiv:2010.04245), as 4M does.
+        self.q_norm = make_norm(cfg.norm, cfg.head_width) if cfg.qk_norm else None
+        self.k_norm = make_norm(cfg.norm, cfg.head_width) if cfg.qk_norm else None
 
     def forward(self, x: Tensor, mask: Mask, context: Tensor | None = None) -> Tensor:
         q, kv = self.q(x), self.kv(x if context is None else context)
         if self.q_norm is not None:
-            k, v = kv.chunk(2, dim=-1)
-            q = self.q_norm(q.view(len(q), self.heads, -1)).view_as(q).to(v.dtype)
-            k = self.k_norm(k.reshape(len(k), self.heads, -1)).view(k.shape).to(v.dtype)
-            kv = torch.cat([k, v], -1)
+            k, v = kv.unflatten(1, (2, self.heads, -1)).unbind(1)
+            q = self.q_norm(q.unflatten(1, (self.heads, -1))).flatten(1).to(v.dtype)
+            kv = torch.stack([self.k_norm(k).to(v.dtype), v], 1).flatten(1)
         return self.out(attend(q, kv, self.heads, mask, self.backend))
 
 
@@ -130,10 +143,10 @@ class Block(nn.Module):
         super().__init__()
         gain = 1.0 / math.sqrt((3 if cross else 2) * layers)  # residual outputs sum to order one
         self.norm1 = make_norm(cfg.norm, cfg.width)
-        self.attn = Attention(cfg.width, cfg.heads, cfg.qk_norm, gain, cfg.attention)
+        self.attn = Attention(cfg, gain)
         if cross:
             self.query_norm = make_norm(cfg.norm, cfg.width)
-            self.cross = Attention(cfg.width, cfg.heads, cfg.qk_norm, gain, cfg.attention)
+            self.cross = Attention(cfg, gain)
         self.norm2 = make_norm(cfg.norm, cfg.width)
         self.mlp = MLP(cfg.width, cfg.mlp, cfg.mlp_ratio, gain)
 

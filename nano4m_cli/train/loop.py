@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from nano4m_cli.compute import multiplies_bf16
 from nano4m_cli.data._atomic import atomic_file
 from nano4m_cli.errors import TrainingError
 from nano4m_cli.rng import torch_seed
@@ -74,13 +75,8 @@ class Stopped(Exception):
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype | None:
     """Return the autocast dtype, or None for fp32. auto: bf16 where the hardware multiplies it."""
-    if precision == "fp32":
-        return None
-    if device.type == "cuda":
-        able = torch.cuda.is_bf16_supported()
-    else:
-        able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if able else None
+    bf16 = multiplies_bf16(device.type) if precision == "auto" else precision == "bf16"
+    return torch.bfloat16 if bf16 else None
 
 
 class Trainer:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from nano4m_cli.compute import multiplies_bf16
 from nano4m_cli.train.config import TrainConfig
 
 
@@ -16,11 +17,15 @@ class Muon(torch.optim.Optimizer):
 
     The same update as `torch.optim.Muon`, bit for bit (tested), which handles one matrix at a time: at small widths
     its many small products took a third of a training step. Parameters must be 2-D.
+
+    dtype: of the orthogonalisation (None: bf16 as there, but fp32 on hardware that does not multiply bf16).
     """
 
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
-    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95, ns_steps: int = 5):
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95, ns_steps: int = 5,
+                 dtype: torch.dtype | None = None):
+        self.dtype = dtype
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": ns_steps})
 
     @torch.no_grad()
@@ -45,11 +50,10 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, list(update.unbind(0)), alpha=-lr)
 
-    @classmethod
-    def orthogonalise(cls, x: Tensor, steps: int) -> Tensor:
-        """Return the Newton-Schulz approximation of each matrix's nearest (semi-)orthogonal one; (N, r, c) in bf16."""
-        a, b, c = cls.COEFFICIENTS
-        x = x.bfloat16()
+    def orthogonalise(self, x: Tensor, steps: int) -> Tensor:
+        """Return the Newton-Schulz approximation of each matrix's nearest (semi-)orthogonal one; (N, r, c)."""
+        a, b, c = self.COEFFICIENTS
+        x = x.to(self.dtype or (torch.bfloat16 if multiplies_bf16(x.device.type) else torch.float32))
         tall = x.shape[1] > x.shape[2]
         if tall:
             x = x.transpose(1, 2)
@@ -81,7 +85,8 @@ def build_optimizers(model: nn.Module, c: TrainConfig) -> list[torch.optim.Optim
         torch.optim.AdamW([g for g in groups if g["params"]], lr=c.lr, betas=c.betas, eps=1e-8, fused=True)
     ]
     if hidden:
-        out.append(Muon(hidden, lr=c.muon_lr, weight_decay=c.weight_decay))
+        dtype = torch.float32 if c.precision == "fp32" else None
+        out.append(Muon(hidden, lr=c.muon_lr, weight_decay=c.weight_decay, dtype=dtype))
     for optimizer in out:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
