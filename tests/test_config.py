@@ -167,9 +167,18 @@ def test_later_overrides_win_and_an_empty_section_can_be_filled():
     assert apply_overrides({"a": None}, ["a.b=1", "a.b=2"]) == {"a": {"b": 2}}
 
 
+def test_overrides_reach_into_lists_by_number():
+    data = {"parts": [{"w": 1}, {"w": 2, "deep": [1, 2]}]}
+    out = apply_overrides(data, ["parts.1.w=5", "parts.0.more=yes", "parts.1.deep.0=7"])
+    assert out == {"parts": [{"w": 1, "more": True}, {"w": 5, "deep": [7, 2]}]}
+    assert data == {"parts": [{"w": 1}, {"w": 2, "deep": [1, 2]}]}, "the given mapping is not changed"
+
+
 @pytest.mark.parametrize(
     "item, said",
     [
+        ("l.2=3", "'2' is not an entry of this list"),
+        ("l.last.x=3", "'last' is not an entry of this list"),
         ("nonsense", "is not of the form key.sub=value"),
         ("=3", "is not of the form"),
         ("a..b=3", "is not of the form"),
@@ -182,7 +191,7 @@ def test_later_overrides_win_and_an_empty_section_can_be_filled():
 )
 def test_override_errors(item, said):
     with pytest.raises(ConfigError) as caught:
-        apply_overrides({"a": {"b": 1}, "d": 3}, [item])
+        apply_overrides({"a": {"b": 1}, "d": 3, "l": [1, 2]}, [item])
     assert said in caught.value.message and caught.value.exit_code == 2
     assert item in caught.value.message
 

@@ -568,7 +568,7 @@ def test_simulate_equals_a_count_by_hand(five):
         size = dict(zip(names, repeated[i].tolist(), strict=True))
         for target in names:
             others = [o for o in names if o != target and s[o] > 0]
-            if a[target] > 0 and others and all(s[o] == size[o] for o in others):
+            if a[target] > 0 and all(s[o] == size[o] for o in others):
                 name = direction(others, target, names)
                 found[name] = found.get(name, 0) + 1
         single += len([o for o in names if s[o] > 0 and a[o] == 0]) == 1

@@ -362,6 +362,10 @@ def test_token_table_adds_its_levels():
             torch.testing.assert_close(weight[layout.vocab_start[g] + i], want)
         used += sum(levels)
     assert used == len(table.level)
+    some = torch.tensor([0, 11, 12, 17, 18, 22, 11])
+    torch.testing.assert_close(table(some), weight[some])
+    first_c = int(layout.vocab_start[-2])
+    assert float(table.table[:first_c].std()) < 0.1 * float(table.table[first_c:].std()), "codes begin as their levels"
     weight.sum().backward()
     assert table.level.grad[0].abs().sum() == 0 and (table.level.grad[1:].abs().sum(1) > 0).all()
 
@@ -369,6 +373,7 @@ def test_token_table_adds_its_levels():
 def test_token_table_without_levels_is_a_plain_table():
     table = TokenTable(Layout([TokenSpec(modality="c", kind="grid", shape=(2, 2), vocab_size=5)]), 8, 0.5)
     assert table.weight() is table.table and [n for n, _ in table.named_parameters()] == ["table"]
+    assert torch.equal(table(torch.tensor([4, 0, 4])), table.table[[4, 0, 4]])
 
 
 def test_positions_tell_all_slots_of_a_modality_apart(layout):

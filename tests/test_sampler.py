@@ -9,7 +9,7 @@ import torch
 from nano4m_cli.config import build
 from nano4m_cli.errors import ConfigError
 from nano4m_cli.generate.choose import counts, draw, filter_logits
-from nano4m_cli.generate.sampler import GenerateOptions, State, chain, fill, group_logits
+from nano4m_cli.generate.sampler import GUIDANCE, GenerateOptions, State, chain, fill, group_logits, resolve
 from nano4m_cli.model.batch import pack
 from nano4m_cli.model.fourm import FourM, FourMConfig
 
@@ -253,6 +253,43 @@ def test_onepass_at_temperature_zero_is_the_argmax(model, layout, sample):
         asked[0, here] = ~known[i, here]
         for c, row in one_logits(model, ids[i : i + 1], known[i : i + 1], asked).items():
             assert state.ids_BC[i, c] == int(row.argmax())
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
+def test_guidance_equals_two_questions_asked_apart(model, layout, sample, scale):
+    """Greedy, one request and one logit vector at a time: u + s (c - u), u seeing the target's own slots alone."""
+    state = start(layout, sample, 4, ["txt", "vid"], part={"snd": 3})
+    ids, known = np.where(state.known_BC, state.ids_BC, 0), state.known_BC.copy()
+    fill(model, state, "snd", GenerateOptions(scheme="onepass", temperature=0, guidance=scale))
+    here = layout.slice("snd")
+    for i in range(4):
+        asked, bare = np.zeros_like(known[i : i + 1]), np.zeros_like(known[i : i + 1])
+        asked[0, here], bare[0, here] = ~known[i, here], known[i, here]
+        given = one_logits(model, ids[i : i + 1], known[i : i + 1], asked)
+        alone = one_logits(model, ids[i : i + 1], bare, asked)
+        assert len(given) > 3
+        for c in given:
+            assert state.ids_BC[i, c] == int((alone[c] + scale * (given[c] - alone[c])).argmax())
+
+
+def test_guidance_moves_what_is_drawn_and_keeps_requests_apart(model, layout, sample):
+    def run(scale, rows):
+        state = start(layout, sample, 6, ["txt"]).rows(rows)
+        fill(model, state, "pic", GenerateOptions(temperature=1.0, steps=4, guidance=scale))
+        return state.ids_BC[:, layout.slice("pic")]
+
+    everyone = np.arange(6)
+    assert np.array_equal(run(1.0, everyone), run(None, everyone)) and not np.array_equal(run(1.0, everyone), run(4.0, everyone))
+    assert np.array_equal(run(4.0, everyone)[[4, 1]], run(4.0, np.array([4, 1])))
+
+
+def test_guidance_is_used_only_where_training_asked_from_nothing(model):
+    posed = {"->pic": 0.01, "->snd": 1e-5, "txt->snd": 0.2}
+    auto = GenerateOptions()
+    assert resolve(auto, ["pic"], model, posed).guidance == resolve(auto, ["pic", "txt"], model, posed).guidance == GUIDANCE
+    for targets in (["snd"], ["pic", "snd"], ["vid"], ["txt"]):
+        assert resolve(auto, targets, model, posed).guidance == 1.0, targets
+    assert resolve(GenerateOptions(guidance=4.0), ["snd"], model, posed).guidance == 4.0
 
 
 @pytest.mark.parametrize("target", ["pic", "snd"])

@@ -222,10 +222,10 @@ def test_held_out_table_is_balanced():
 
 
 def test_splits_show_their_triples_uniformly():
-    for split, n, kinds in (("train", 3000, 30), ("test", 1500, 30), ("test_novel", 800, 6)):
+    for split, n, kinds in (("train", 3000, 30), ("test", 1500, 30), ("test_novel", 800, 6), ("judge", 800, 6)):
         drawn = triples(split, n)
         seen = Counter((s, c, m) for s, c, m, _ in drawn)
-        assert all((HELD_OUT[s, m] == c) == (split == "test_novel") for s, c, m in seen)
+        assert all((HELD_OUT[s, m] == c) == (split in ("test_novel", "judge")) for s, c, m in seen)
         assert len(seen) == kinds
         counts = Counter(drawn)
         expected = len(drawn) / (2 * kinds)
@@ -236,9 +236,9 @@ def test_splits_show_their_triples_uniformly():
 
 def test_splits_are_different_scenes():
     o = Source.Options()
-    seen = {split: {repr(draw(o, split, i).bodies) for i in range(200)} for split in SPLITS}
+    seen = {split: {repr(draw(o, split, i).bodies) for i in range(200)} for split in (*SPLITS, "judge")}
     assert all(len(s) == 200 for s in seen.values())
-    assert len(set.union(*seen.values())) == 800
+    assert len(set.union(*seen.values())) == 1000
     assert repr(draw(Source.Options(seed=2), "train", 0)) != repr(draw(o, "train", 0))
 
 
@@ -368,11 +368,12 @@ def test_three_loudest_notes_do_not_clip():
 def test_info_plan_and_registry():
     assert SOURCES.get("scenes") is Source and SOURCES.summary("scenes").startswith("Sounding scenes")
     src = source(name="my_scenes", train=2500, val=10, test=0, test_novel=1, size=48, seconds=0.5)
+    assert src.info().judge == 2500 // 8 and source(train=2500, judge=0).info().judge == 0
     info = src.info()
     assert info.name == "my_scenes" and info.splits == {"train": 2500, "val": 10, "test": 0, "test_novel": 1}
     assert info.sizes["rgb"] == {"size": [48, 48]} and info.sizes["audio"] == {"seconds": 0.5, "rate": 24000}
     assert [(p.split, p.index, p.count) for p in src.plan()] == [
-        ("train", 0, 1000), ("train", 1, 1000), ("train", 2, 500), ("val", 0, 10), ("test_novel", 0, 1)
+        ("train", 0, 1000), ("train", 1, 1000), ("train", 2, 500), ("val", 0, 10), ("test_novel", 0, 1), ("judge", 0, 312)
     ]  # fmt: skip
     assert raw_scene(src.options, "val", 0).audio.shape == (12000,)
 

@@ -20,7 +20,7 @@ from nano4m_cli.config import build, load_yaml
 from nano4m_cli.errors import ConfigError, TrainingError
 from nano4m_cli.train import checkpoint
 from nano4m_cli.train.config import TrainConfig
-from nano4m_cli.train.loop import Stopped, Trainer
+from nano4m_cli.train.loop import Stopped, Trainer, resolve_precision
 from nano4m_cli.train.optim import Muon, build_optimizers
 from nano4m_cli.train.run import prepare, start
 from nano4m_cli.train.schedule import lr_factor
@@ -113,6 +113,22 @@ def test_muon_is_torchs_muon_bit_for_bit():
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(mine.state[a]["momentum_buffer"], reference.state[b]["momentum_buffer"])
     assert not torch.equal(ours[0], start_[0])
+
+
+def test_formats_follow_the_hardware_unless_told(space, monkeypatch):
+    """bf16 that the hardware does not multiply is a hundred times slower than fp32: nothing chooses it by itself."""
+    cpu, matrix, one = torch.device("cpu"), torch.randn(2, 24, 40), [torch.nn.Parameter(torch.ones(2, 2))]
+    for dtype in (torch.bfloat16, None):
+        for module in ("loop", "optim"):
+            monkeypatch.setattr(f"nano4m_cli.train.{module}.multiplies_bf16", lambda device, able=dtype is not None: able)
+        assert resolve_precision("auto", cpu) is dtype
+        assert resolve_precision("bf16", cpu) is torch.bfloat16 and resolve_precision("fp32", cpu) is None
+        free, full = Muon(one, 0.1, 0.0), Muon(one, 0.1, 0.0, dtype=torch.float32)
+        assert free.orthogonalise(matrix, 5).dtype is (dtype or torch.float32)
+        assert full.orthogonalise(matrix, 5).dtype is torch.float32
+    near = full.orthogonalise(matrix, 5)
+    values = torch.linalg.svdvals(near)
+    assert float(values.min()) > 0.6 and float(values.max()) < 1.3, "singular values near one"
 
 
 def test_every_parameter_has_one_optimizer(space):

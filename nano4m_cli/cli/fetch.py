@@ -56,13 +56,14 @@ def command(
         else:
             report = fetch(opened, workspace, workers, work.progress)
             info, made, kept, path = report.info, report.made, report.kept, report.dataset.path
-    shards: dict[str, int] = dict.fromkeys(info.splits, 0)
+    counts = info.splits | ({"judge": info.judge} if info.judge else {})
+    shards: dict[str, int] = dict.fromkeys(counts, 0)
     for plan in opened.plan():
         shards[plan.split] += 1
-    splits = {name: {"samples": n, "shards": shards[name]} for name, n in info.splits.items()}
+    splits = {name: {"samples": n, "shards": shards[name]} for name, n in counts.items()}
     show.table(["split", "samples", "shards"], [[name, s["samples"], s["shards"]] for name, s in splits.items()])
     if dry_run:
-        show.line(f"{info.name}: {sum(info.splits.values())} samples would be in {path / 'raw'}")
+        show.line(f"{info.name}: {sum(counts.values())} samples would be in {path / 'raw'}")
     else:
         show.line(f"{info.name}: {made} samples made, {kept} kept, in {path / 'raw'}")
     show.document({

@@ -37,7 +37,7 @@ def command(
     top_k: Annotated[int | None, typer.Option("--top-k", metavar="K", help="The K likeliest ids only.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", metavar="P", help="The ids that hold share P only.")] = None,
     guidance: Annotated[
-        float | None, typer.Option("--guidance", metavar="S", help="How strongly conditions pull (1: plainly).")
+        float | None, typer.Option("--guidance", metavar="S", help="Pull of conditions (1: plain; default: 2.5 if trained for).")
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,

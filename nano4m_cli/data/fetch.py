@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -75,8 +77,10 @@ def usable_cores() -> int:
 
 
 def ignore_interrupts() -> None:
-    """Leave Ctrl-C to the parent process, which ends its workers and says so once."""
+    """Leave Ctrl-C to the parent process, which ends its workers and says so once; end with a parent that is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a worker without a parent would work on, unseen
 
 
 def _is_whole(path: Path, plan: ShardPlan) -> bool:

@@ -14,7 +14,7 @@ from nano4m_cli.data.shards import Split
 from nano4m_cli.data.sheet import write_sheet
 from nano4m_cli.data.workspace import DatasetFolder, Workspace
 from nano4m_cli.errors import DataError, UnknownNameError, UsageError, did_you_mean
-from nano4m_cli.generate.sampler import GenerateOptions, State, chain
+from nano4m_cli.generate.sampler import GenerateOptions, State, chain, resolve
 from nano4m_cli.masking._mixture import IN_DISTRIBUTION, direction
 from nano4m_cli.registry import MODALITIES
 from nano4m_cli.tokenizers._base import Tokenizer, open_tokenizer
@@ -130,7 +130,7 @@ def generate_files(
         ids = tokenizers[name].encode([raw], [f"--from {name}"])[0]
         for row in range(n):
             put(run, state, row, name, ids)
-    chain(run.model, state, targets, options)
+    chain(run.model, state, targets, resolve(options, targets, run.model, posed))
     _write(run, report, state, raws, truth, list(targets), tokenizers, n)
     return report
 

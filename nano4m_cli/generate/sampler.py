@@ -5,7 +5,7 @@ Every draw is a function of (seed, request, slot), so a request gives the same s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from nano4m_cli.config import Config
 from nano4m_cli.generate.choose import counts, draw, filter_logits
+from nano4m_cli.masking._mixture import IN_DISTRIBUTION
 from nano4m_cli.model.batch import Packed, pack
 from nano4m_cli.model.fourm import FourM
 from nano4m_cli.rng import uniform
 
+GUIDANCE = 2.5  # chosen on the val split of scenes: scripts/bench/guidance.py
 Scheme = Literal["auto", "roar", "maskgit", "ar", "onepass"]
 
 
@@ -28,7 +30,8 @@ class GenerateOptions(Config):
     roar for grids and codes. Text is always ar. Order of filters: temperature, top-k, top-p; temperature 0 is greedy.
 
     guidance: scale s of classifier-free guidance of grids and codes (Ho and Salimans 2022, arXiv:2207.12598): logits
-    are u + s (c - u), where c sees all that is known and u only the target's own known slots. 1: none, and half the work.
+    are u + s (c - u), where c sees all that is known and u only the target's own known slots. 1: none, and half the
+    work. None: `GUIDANCE` where training posed u's question, else 1 (see `resolve`).
     """
 
     scheme: Scheme = "auto"
@@ -38,8 +41,22 @@ class GenerateOptions(Config):
     text_temperature: float = Field(0.3, ge=0)
     top_k: int | None = Field(None, ge=1)
     top_p: float | None = Field(None, gt=0, le=1)
-    guidance: float = Field(1.0, ge=0, le=100)
+    guidance: float | None = Field(None, ge=0, le=100)
     seed: int = Field(0, ge=0)
+
+
+def resolve(options: GenerateOptions, targets: Sequence[str], model: FourM, posed: Mapping[str, float]) -> GenerateOptions:
+    """Return options with guidance set: where it is None, `GUIDANCE` if training asked for every grid and codes target
+    with nothing else shown, else 1.
+
+    Args:
+        posed: how often training posed each direction; "->rgb" is rgb from nothing.
+    """
+    if options.guidance is not None:
+        return options
+    guided = [t for t in targets if model.layout.specs[model.layout.names.index(t)].kind != "sequence"]
+    able = guided and all(posed.get(f"->{t}", 0.0) >= IN_DISTRIBUTION for t in guided)
+    return options.model_copy(update={"guidance": GUIDANCE if able else 1.0})
 
 
 @dataclass
@@ -119,7 +136,7 @@ def _ask(model: FourM, state: State, columns: slice, asked_BL: np.ndarray, targe
     asked_BC[:, columns] = asked_BL
     row, col = np.nonzero(asked_BC)
     ids_BC, shown_BC = state.ids_BC, state.known_BC
-    guided = o.guidance != 1.0
+    guided = o.guidance not in (None, 1.0)
     if guided:  # every request once more, with nothing but the target shown
         bare_BC = shown_BC & (np.arange(layout.columns) >= columns.start) & (np.arange(layout.columns) < columns.stop)
         ids_BC, shown_BC, asked_BC = np.tile(ids_BC, (2, 1)), np.concatenate([shown_BC, bare_BC]), np.tile(asked_BC, (2, 1))

@@ -104,7 +104,7 @@ class Mixture:
         """Return what masks drawn for `samples` samples (lengths repeated as needed) show.
 
         A direction "sources->target" is counted when exactly the sources are shown, whole (part of the target may be
-        shown too), and the target is asked.
+        shown too), and the target is asked; "->target" when no other modality is shown.
         """
         length = length_BM[np.arange(samples) % len(length_BM)]
         shown_BC, asked_BC = self.draw(length, Key(seed, "mask", np.arange(samples)))
@@ -115,7 +115,7 @@ class Mixture:
         directions: dict[str, float] = {}
         for t, target in enumerate(names):
             others = np.arange(len(names)) != t
-            clean = (asked[:, t] > 0) & (some == full)[:, others].all(1) & full[:, others].any(1)
+            clean = (asked[:, t] > 0) & (some == full)[:, others].all(1)
             patterns, counts = np.unique(full[clean][:, others], axis=0, return_counts=True)
             rest = [n for n in names if n != target]
             for pattern, count in zip(patterns, counts, strict=True):

@@ -16,7 +16,7 @@ from nano4m_cli.data.shards import Split
 from nano4m_cli.data.sources._base import DatasetInfo
 from nano4m_cli.errors import DataError
 from nano4m_cli.generate.command import training_frequencies
-from nano4m_cli.generate.sampler import GenerateOptions, State, chain
+from nano4m_cli.generate.sampler import GenerateOptions, State, chain, resolve
 from nano4m_cli.masking._mixture import IN_DISTRIBUTION, direction
 from nano4m_cli.model.batch import pack
 from nano4m_cli.probes._result import Direction
@@ -212,9 +212,13 @@ class Context:
                 out[some] = -np.add.reduceat(nll, np.cumsum(lengths) - lengths) / lengths
         return out
 
+    def sampling(self, targets: Sequence[str], options: GenerateOptions | None = None) -> GenerateOptions:
+        """Return the options that targets are generated with."""
+        return resolve(options or GenerateOptions(seed=self.seed), targets, self.model, self.frequencies)
+
     def generate(self, sources: Sequence[str], targets: Sequence[str], options: GenerateOptions | None = None) -> np.ndarray:
         """Return ids (N, C) with the targets generated from the sources; kept for other probes."""
-        options = options or GenerateOptions(seed=self.seed)
+        options = self.sampling(targets, options)
         key = (tuple(sources), tuple(targets), options)
         if key not in self._generated:
             known = self.inside_NC & self.columns(*sources)
@@ -227,7 +231,7 @@ class Context:
     def decoded(self, sources: Sequence[str], targets: Sequence[str], modality: str, options: GenerateOptions | None = None,
                 limit: int | None = None) -> list[Any]:
         """Return the raw values of a generated modality (of the first `limit` samples)."""
-        options = options or GenerateOptions(seed=self.seed)
+        options = self.sampling(targets, options)
         ids = self.generate(sources, targets, options)
         known = self._generated[(tuple(sources), tuple(targets), options, "known")]
         columns = self.layout.slice(modality)

@@ -1,4 +1,7 @@
-"""Independent judges: classifiers trained on real raw samples of the train split only, kept with the data set.
+"""Independent judges: classifiers trained on real raw samples only, kept with the data set.
+
+They learn from the train split and, where the data set has it, from raw/judge: samples that no model is trained on and
+that show what a held-out split shows.
 
 A judge sees a picture or a log-mel spectrogram and names, object by object in caption order, every attribute that its
 modality determines. Its own accuracy on real held-out samples stands beside every figure it gives.
@@ -16,6 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from nano4m_cli.compute import multiplies_bf16
 from nano4m_cli.data._atomic import atomic_folder
 from nano4m_cli.data.shards import Split
 from nano4m_cli.data.workspace import DatasetFolder
@@ -23,7 +27,7 @@ from nano4m_cli.registry import MODALITIES
 from nano4m_cli.rng import permutation, torch_seed
 from nano4m_cli.tokenizers.fsq_mel import Tokenizer as Mel
 
-VERSION = 3
+VERSION = 4
 SAMPLES, STEPS, BATCH = 12_000, {"rgb": 320, "audio": 180}, 64
 STRIDE = {"audio": (3, 4)}  # log-mel frames x bands; pictures: (2, 2)
 
@@ -103,7 +107,7 @@ class Judge:
         for step in range(steps):
             rows = torch.from_numpy(order[step * BATCH : (step + 1) * BATCH])
             image = degrade(x[rows], torch.Generator().manual_seed(torch_seed(seed, "judge-noise", step)))
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=multiplies_bf16("cpu")):
                 parts = self._split(self.net(image.to(memory_format=torch.channels_last)))
             loss = sum(F.cross_entropy(l, y[a][rows, o], ignore_index=-100) for a, ls in parts.items() for o, l in enumerate(ls)
                        if bool((y[a][rows, o] >= 0).any()))
@@ -135,6 +139,14 @@ class Judge:
         return out
 
 
+def _real(dataset: DatasetFolder, modality: str, split: str, most: int) -> tuple[list[Any], list[dict]]:
+    """Return raw values and labels of up to `most` samples of a split."""
+    raw, kind = Split(dataset.raw(split)), MODALITIES.get(modality)
+    index = np.sort(permutation(len(raw), 0, "judge-samples")[:most])
+    values = [kind.from_bytes(raw.read(int(i), kind.ext), kind.ext) for i in index]
+    return values, [json.loads(raw.read(int(i), "labels.json")) for i in index]
+
+
 def open_judge(dataset: DatasetFolder, modality: str, progress: Callable[[str, int, int], None]) -> Judge:
     """Return the data set's judge of a modality, training it on first use."""
     info = dataset.info()
@@ -151,10 +163,10 @@ def open_judge(dataset: DatasetFolder, modality: str, progress: Callable[[str, i
         judge.net.load_state_dict(state)
         judge.net.eval()
         return judge
-    raw, kind = Split(dataset.raw("train")), MODALITIES.get(modality)
-    index = np.sort(permutation(len(raw), 0, "judge-samples")[:SAMPLES])
-    values = [kind.from_bytes(raw.read(int(i), kind.ext), kind.ext) for i in index]
-    labels = [json.loads(raw.read(int(i), "labels.json")) for i in index]
+    values, labels = _real(dataset, modality, "train", SAMPLES - min(info.judge, SAMPLES // 2))
+    if info.judge:
+        more = _real(dataset, modality, "judge", SAMPLES // 2)
+        values, labels = values + more[0], labels + more[1]
     judge.fit(values, labels, 0, lambda done, total: progress(f"judge of {modality}", done, total))
     with atomic_folder(folder) as aside:
         save_file({k: v.contiguous() for k, v in judge.net.state_dict().items()}, aside / "model.safetensors")

@@ -15,7 +15,7 @@ KIND = "eval"
 JUDGED = ("rgb", "audio")
 HEARD = 200  # samples judged by ear: phase reconstruction is the slow part
 # Depth and normals follow from the picture almost surely: their most likely value at once beats sampling.
-EXACT = GenerateOptions(scheme="onepass", temperature=0.0)
+EXACT = GenerateOptions(scheme="onepass", temperature=0.0, guidance=1.0)
 
 
 def heard(context: Context, target: str) -> int:
@@ -39,8 +39,10 @@ class Probe(Base):
                     metrics += self._measured(context, target, error, unit)
         return metrics, [
             "judged: share of objects whose attribute an independent classifier names as the sample's labels do, in "
-            "caption order; the classifier saw real samples of the train split only",
+            "caption order; the classifier saw real samples only, none of this split",
             "reference: the same figure for the truth after the tokenizer's round trip; judge_*: the classifier on real samples",
+            *[f"{t} was sampled with {', '.join(f'{k} {v}' for k, v in context.sampling([t]).model_dump().items())}"
+              for t in JUDGED if t in context.names],
             "depth and normals: the most likely ids in one pass, against exact values; majority: the train split's mean picture",
         ]
 

@@ -32,7 +32,7 @@ class Tokenizer(GradientTokenizer):
         emphasis: weight of what is far from the mean picture. fit_samples, fit_steps: of fitting (None: the usual)."""
 
         patch: int = 8
-        levels: tuple[int, ...] = (7, 5, 5, 5, 5)
+        levels: tuple[int, ...] = (8, 8, 6, 5)
         width: int = 128
         depth: int = 2
         emphasis: float = 2.0

@@ -23,6 +23,7 @@ from nano4m_cli.tokenizers._base import GradientTokenizer, check_ids
 from nano4m_cli.tokenizers._patch_ae import PatchAutoencoder
 
 RATE, HOP = 24_000, 250
+INVERSIONS = 30  # updates when mel bands are inverted
 FLOOR = 1e-2  # about 62 dB under a loud tone: what lies below is the noise of 16 bits and of phase reconstruction
 
 
@@ -124,12 +125,25 @@ class Tokenizer(GradientTokenizer):
         finally:
             torch.set_num_threads(threads)
 
+    def invert_mel(self, power_BTM: Tensor) -> Tensor:
+        """Return power (B, T, bins) >= 0 whose mel bands come near `power_BTM`: non-negative least squares.
+
+        Multiplicative updates (Lee and Seung 2001) from the clipped pseudo-inverse, which alone spills power into
+        neighbouring bands (bench: scripts/bench/audio_inversion.py).
+        """
+        x = (power_BTM @ self.inverse).clamp_min(0)
+        x = x + 1e-3 * power_BTM.mean(-1, keepdim=True) + 1e-8  # nothing is zero for good
+        wanted = power_BTM @ self.bank.T
+        for _ in range(INVERSIONS):
+            x *= wanted / ((x @ self.bank) @ self.bank.T + 1e-8)
+        return x
+
     def to_wave(self, log_mel_BTM: Tensor) -> np.ndarray:
-        """Return (B, samples): least-squares inversion of the mel bands, then Griffin-Lim from a fixed phase."""
+        """Return (B, samples): `invert_mel`, then Griffin-Lim from a fixed phase."""
         import torchaudio.functional as A
 
         power = (log_mel_BTM.float().exp() - FLOOR).clamp_min(0)
-        magnitude = (power @ self.inverse).clamp_min(0).sqrt().transpose(1, 2)
+        magnitude = self.invert_mel(power).sqrt().transpose(1, 2)
         magnitude = torch.cat([magnitude, magnitude[..., -1:]], -1)
         wave = A.griffinlim(
             magnitude, self.hann, self.options.window, HOP, self.options.window, 1.0,

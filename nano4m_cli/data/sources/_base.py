@@ -26,6 +26,8 @@ class DatasetInfo(Config):
         source, options, version: how it was made; options identify it.
         modalities: names, in a fixed order.
         splits: samples per split.
+        judge: samples in raw/judge, for judges only (never tokenised): what the train split does not show but another
+            split asks about.
         sizes: per modality, what tokenizers need to know, e.g. {"rgb": {"size": [32, 32]}, "audio": {"seconds": 1.0}}.
         tokenizers: per modality, options for its tokenizer that suit this data (a modality's default name applies
             unless "name" is given).
@@ -43,6 +45,7 @@ class DatasetInfo(Config):
     version: int
     modalities: list[str]
     splits: dict[str, int]
+    judge: int = 0
     sizes: dict[str, dict[str, Any]] = {}
     tokenizers: dict[str, dict[str, Any]] = {}
     attributes: dict[str, Attribute] = {}

@@ -38,7 +38,8 @@ from nano4m_cli.modalities.rgb import MODALITY as RGB
 
 SPLITS = ("train", "val", "test", "test_novel")
 SHAPES, COLOURS, SIZES, MATERIALS = (text.ATTRIBUTES[a].values for a in ("shape", "colour", "size", "material"))
-# Triples only test_novel shows, and it shows no others: each (shape, material) once, each colour once. So elsewhere
+JUDGE = "judge"  # for judges only: the triples of test_novel, other scenes, so that a judge of it knows what it names
+# Triples only test_novel (and judge) shows, and it shows no others: each (shape, material) once, each colour once. So elsewhere
 # every (shape, material) has five equally likely colours.
 HELD_OUT = {
     ("sphere", "rubber"): "green",
@@ -90,7 +91,9 @@ class Raw(NamedTuple):
 
 class Source(BaseSource):
     class Options(Config):
-        """Counts are samples per split; `supersample` smooths RGB only, depth and normals stay exact per pixel."""
+        """Counts are samples per split (judge: None is an eighth of train).
+
+        `supersample` smooths RGB only, depth and normals stay exact per pixel."""
 
         name: str = Field("scenes", pattern=r"^[A-Za-z0-9_-]+$")
         seed: int = Field(1, ge=0)
@@ -103,6 +106,7 @@ class Source(BaseSource):
         val: int = Field(400, ge=0)
         test: int = Field(400, ge=0)
         test_novel: int = Field(400, ge=0)
+        judge: int | None = Field(None, ge=0)
         shard_size: int = Field(1000, ge=1)
 
         @model_validator(mode="after")
@@ -127,6 +131,7 @@ class Source(BaseSource):
             version=self.version,
             modalities=list(DETERMINED),
             splits={split: getattr(o, split) for split in SPLITS},
+            judge=self.judge_samples,
             sizes={
                 "rgb": picture,
                 "depth": picture,
@@ -142,11 +147,14 @@ class Source(BaseSource):
             f"Depth is along the viewing axis; sky and far ground are at {render.FAR:g} m.",
         )
 
+    @property
+    def judge_samples(self) -> int:
+        return self.options.train // 8 if self.options.judge is None else self.options.judge
+
     def plan(self) -> list[ShardPlan]:
         """Return the shards; `items` is (first index, end) within the split."""
         plans = []
-        for split in SPLITS:
-            total = getattr(self.options, split)
+        for split, total in [*((s, getattr(self.options, s)) for s in SPLITS), (JUDGE, self.judge_samples)]:
             for number, first in enumerate(range(0, total, self.options.shard_size)):
                 end = min(first + self.options.shard_size, total)
                 plans.append(ShardPlan(split, number, (first, end), end - first))
@@ -165,7 +173,7 @@ def encode(key: str, raw: Raw) -> Sample:
 
 def allowed(split: str) -> list[tuple[str, str, str]]:
     """Return the (shape, colour, material) triples of a split; all are equally likely."""
-    novel = split == "test_novel"
+    novel = split in ("test_novel", JUDGE)
     return [(s, c, m) for s, m in CELLS for c in COLOURS if (HELD_OUT[s, m] == c) == novel]
 
 
