@@ -361,20 +361,21 @@ def test_generate_hands_over_what_was_given(here, fake):
 
     seen = {}
 
-    def generate_files(workspace, run_name, conditions, sample, targets, options, out, n):
-        seen.update(conditions=conditions, sample=sample, targets=targets, given=options.model_fields_set, n=n)
+    def generate_files(workspace, run_name, conditions, sample, targets, options, out, n, device):
+        seen.update(conditions=conditions, sample=sample, targets=targets, given=options.model_fields_set, n=n,
+                    device=device)
         out = {"run": "demo", "out": here, "files": [here / "depth.png"], "texts": [("caption", "a cube")]}
         return types.SimpleNamespace(**out, notices=["cropped"])
 
     fake("nano4m_cli.generate.command", GenerateOptions=Options, generate_files=generate_files)
     a_run(here, "demo")
     args = ["generate", "--from", "rgb=a=b.png", "--from", "audio", "--sample", "k", "--to", "caption,depth"]
-    args += ["--seed", 3, "-n", 2]
+    args += ["--seed", 3, "-n", 2, "--device", "cpu"]
     result = run(*args)
     assert result.exit_code == 0, result.output
     assert seen == {
         "conditions": {"rgb": "a=b.png", "audio": None}, "sample": "k", "targets": ["caption", "depth"],
-        "given": {"seed"}, "n": 2,
+        "given": {"seed"}, "n": 2, "device": "cpu",
     }
     assert result.stdout == f"caption: a cube\n{here / 'depth.png'}\n"
     assert "run: runs/demo" in result.stderr and "notice: cropped" in result.stderr
@@ -394,18 +395,18 @@ def test_eval_and_probe(here, fake, command, args):
     )
     seen = {}
 
-    def evaluate(workspace, run_name, probes, split, limit, kind, progress):
+    def evaluate(workspace, run_name, probes, split, limit, kind, progress, device):
         progress("a", 1, 2)
-        seen.update(run=run_name, probes=probes, split=split, limit=limit, kind=kind)
+        seen.update(run=run_name, probes=probes, split=split, limit=limit, kind=kind, device=device)
         page = here / "index.html"
         done = {"results": [result], "report": page, "files": [here / "a.json"], "skipped": {"b": "no sound"}}
         return types.SimpleNamespace(**done, run="demo")
 
     fake("nano4m_cli.probes._evaluate", evaluate=evaluate, listing=lambda kind: {kind + "1": "what it is"})
     a_run(here, "demo")
-    done = run(command, *args, "--limit", 7)
+    done = run(command, *args, "--limit", 7, "--device", "cpu")
     assert done.exit_code == 0, done.output
-    assert seen == {"run": None, "probes": ["a", "b"], "split": None, "limit": 7, "kind": command}
+    assert seen == {"run": None, "probes": ["a", "b"], "split": None, "limit": 7, "kind": command, "device": "cpu"}
     row = next(line for line in done.stdout.splitlines() if line.startswith("rgb->depth/absrel"))
     assert row.split() == ["rgb->depth/absrel", "0.25", "0.2", "..", "0.3", "40", "1", "-", "-", "-", "no"]
     assert "a: A title" in done.stdout and done.stdout.endswith(f"\n{here / 'index.html'}\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nano4m_cli.cli._options import DeviceName, pick_device
 from nano4m_cli.cli._show import Show
 
 HEAD = ("metric", "value", "95% interval", "n", "chance", "majority", "ceiling", "reference", "trained")
@@ -20,7 +21,7 @@ def list_probes(show: Show, kind: str) -> None:
 
 def run_probes(
     show: Show, kind: str, root: Path | None, run: str | None, probes: list[str], split: str | None,
-    limit: int | None,
+    limit: int | None, device: DeviceName,
 ) -> None:
     from nano4m_cli.data.workspace import Workspace
 
@@ -29,7 +30,7 @@ def run_probes(
     from nano4m_cli.probes._evaluate import evaluate
 
     with show.work() as work:
-        done = evaluate(workspace, run, probes, split, limit, kind=kind, progress=work.progress)
+        done = evaluate(workspace, run, probes, split, limit, kind=kind, progress=work.progress, device=pick_device(device))
     for result in done.results:
         show.line(f"{result.probe}: {result.title}")
         show.table(HEAD, [_row(m) for m in result.metrics])

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nano4m_cli.cli._options import Json, Quiet, Root, names
+from nano4m_cli.cli._options import Device, Json, Quiet, Root, names, pick_device
 from nano4m_cli.cli._show import Show
 from nano4m_cli.errors import UsageError
 
@@ -39,6 +39,7 @@ def command(
     guidance: Annotated[
         float | None, typer.Option("--guidance", metavar="S", help="Pull of conditions (1: plain; default: 2.5 if trained for).")
     ] = None,
+    device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
     root: Root = None,
@@ -69,7 +70,7 @@ def command(
     from nano4m_cli.generate.command import GenerateOptions, generate_files
 
     options = build(GenerateOptions, {k: v for k, v in asked.items() if v is not None}, "generate")
-    report = generate_files(workspace, run, conditions, sample, wanted, options, out, n)
+    report = generate_files(workspace, run, conditions, sample, wanted, options, out, n, pick_device(device))
     for notice in report.notices:
         show.say(f"notice: {notice}")
     for modality, text in report.texts:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from nano4m_cli.cli._options import Json, Quiet, Root, names
+from nano4m_cli.cli._options import Device, Json, Quiet, Root, names
 from nano4m_cli.cli._probing import list_probes, run_probes
 from nano4m_cli.cli._show import Show
 
@@ -17,6 +17,7 @@ def command(
     split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Default: test.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="At most N samples.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the probes.")] = False,
+    device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
     root: Root = None,
@@ -33,4 +34,4 @@ def command(
     if list_:
         list_probes(show, "probe")
     else:
-        run_probes(show, "probe", root, run, names(probes), split, limit)
+        run_probes(show, "probe", root, run, names(probes), split, limit, device)

@@ -83,6 +83,7 @@ def training_frequencies(run: OpenRun) -> dict[str, float]:
 def generate_files(
     workspace: Workspace, run_name: str | None, conditions: Mapping[str, str | None], sample: str | None,
     targets: Sequence[str], options: GenerateOptions, out: Path | None = None, n: int = 1,
+    device: str = "cpu",
 ) -> GenerateReport:
     """Generate `targets` in order from conditions and write them.
 
@@ -91,7 +92,7 @@ def generate_files(
         sample: key of a sample of the data set; without conditions all its modalities but the targets are given.
         n: samples to draw.
     """
-    run = open_run(workspace, run_name)
+    run = open_run(workspace, run_name, device)
     names = run.layout.names
     for name in (*conditions, *targets):
         if name not in names:

@@ -18,7 +18,7 @@ from nano4m_cli.errors import DataError
 from nano4m_cli.generate.command import training_frequencies
 from nano4m_cli.generate.sampler import GenerateOptions, State, chain, resolve
 from nano4m_cli.masking._mixture import IN_DISTRIBUTION, direction
-from nano4m_cli.model.batch import pack
+from nano4m_cli.model.batch import Packed, pack
 from nano4m_cli.probes._result import Direction
 from nano4m_cli.registry import MODALITIES
 from nano4m_cli.tokenizers._base import Tokenizer, open_tokenizer
@@ -161,14 +161,22 @@ class Context:
 
     # -- the model ------------------------------------------------------------------------------------------------
 
+    def pack(
+        self, ids_BC: np.ndarray, shown_BC: np.ndarray, asked_BC: np.ndarray,
+        answers: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> Packed:
+        """Return the batch on the model's device (see `model.batch.pack`)."""
+        packed = pack(self.layout, ids_BC, shown_BC, asked_BC, self.model.config.registers, answers)
+        return packed.to(self.model.enc_modality.device)
+
     def slot_nll(self, shown_NC: np.ndarray, asked_NC: np.ndarray) -> np.ndarray:
         """Return (N, C): -log p in nats of each asked slot (NaN elsewhere)."""
         out = np.full(asked_NC.shape, np.nan)
         for a in range(0, self.n, CHUNK):
             rows = slice(a, a + CHUNK)
-            packed = pack(self.layout, self.ids_NC[rows], shown_NC[rows], asked_NC[rows], self.model.config.registers)
+            packed = self.pack(self.ids_NC[rows], shown_NC[rows], asked_NC[rows])
             with torch.inference_mode():
-                out[rows][asked_NC[rows]] = self.model.nll(packed).numpy()
+                out[rows][asked_NC[rows]] = self.model.nll(packed).cpu().numpy()
         return out
 
     def slot_logp(self, shown_NC: np.ndarray, target: str) -> np.ndarray:
@@ -179,13 +187,13 @@ class Context:
             rows = slice(a, a + CHUNK)
             shown = shown_NC[rows]
             asked = np.broadcast_to(columns, shown.shape)
-            packed = pack(self.layout, self.ids_NC[rows], shown, asked, self.model.config.registers)
+            packed = self.pack(self.ids_NC[rows], shown, asked)
             with torch.inference_mode():
                 logits = self.model(packed)
                 used = [(i, l) for i, l in zip(packed.group_index, logits, strict=True) if i is not None]
                 whole = torch.empty(len(packed.dec_col), used[0][1].shape[1])
                 for index, l in used:
-                    whole[index] = l.float().log_softmax(-1)
+                    whole[index.cpu()] = l.float().log_softmax(-1).cpu()
             parts.append(whole.view(len(shown), -1, whole.shape[1]).numpy())
         return np.concatenate(parts)
 
@@ -205,9 +213,9 @@ class Context:
                     ids[r, columns.start : columns.start + len(texts[t])] = texts[t]
                     asked[r, columns.start : columns.start + len(texts[t])] = True
                 who, context = np.unique(owner[some], return_inverse=True)
-                packed = pack(self.layout, self.ids_NC[who], shown_NC[who], asked, self.model.config.registers, (ids, context))
+                packed = self.pack(self.ids_NC[who], shown_NC[who], asked, (ids, context))
                 with torch.inference_mode():
-                    nll = self.model.nll(packed).numpy()
+                    nll = self.model.nll(packed).cpu().numpy()
                 lengths = asked.sum(1)
                 out[some] = -np.add.reduceat(nll, np.cumsum(lengths) - lengths) / lengths
         return out

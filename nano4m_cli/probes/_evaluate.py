@@ -46,6 +46,7 @@ def listing(kind: str) -> dict[str, str]:
 def evaluate(
     workspace: Workspace, run_name: str | None, probes: Sequence[str] = (), split: str | None = None,
     limit: int | None = None, kind: str = "eval", progress: Progress | None = None, seed: int = 0,
+    device: str = "cpu",
 ) -> EvalReport:
     """Run the named probes (default: all of the kind), write eval/<probe>.json each, the gallery and the report.
 
@@ -57,7 +58,7 @@ def evaluate(
     for name in probes:
         if name not in known:
             raise UnknownNameError.of("probe", name, known)
-    run = open_run(workspace, run_name)
+    run = open_run(workspace, run_name, device)
     context = Context(run, split or _held_out(run), limit, seed, progress)
     report = EvalReport(run.name)
     folder = run.path / "eval"

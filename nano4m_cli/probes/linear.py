@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nano4m_cli.model.batch import pack
 from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context
 from nano4m_cli.probes._result import Metric, mean_metric
@@ -45,17 +44,17 @@ def features(context: Context, source: str) -> list[np.ndarray]:
     shown = context.inside_NC & context.columns(source)
     parts: list[list[np.ndarray]] = []
     for a in range(0, context.n, 200):
-        packed = pack(context.layout, context.ids_NC[a : a + 200], shown[a : a + 200], np.zeros_like(shown[a : a + 200]),
-                      context.model.config.registers)
+        packed = context.pack(context.ids_NC[a : a + 200], shown[a : a + 200], np.zeros_like(shown[a : a + 200]))
         layers: list[torch.Tensor] = []
         with torch.inference_mode():
             first = context.model.embed_shown(packed)
             context.model.encode(packed, layers)
-        row = torch.repeat_interleave(torch.arange(packed.samples), packed.enc.lengths)
+        lengths = packed.enc.lengths.cpu()
+        row = torch.repeat_interleave(torch.arange(packed.samples), lengths)
         means = []
         for x in [first, *layers]:
-            total = torch.zeros(packed.samples, x.shape[1]).index_add(0, row, x.float())
-            means.append((total / packed.enc.lengths[:, None]).numpy())
+            total = torch.zeros(packed.samples, x.shape[1]).index_add(0, row, x.float().cpu())
+            means.append((total / lengths[:, None]).numpy())
         parts.append(means)
     return [np.concatenate([p[i] for p in parts]) for i in range(len(parts[0]))]
 
