@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from nano4m_cli.cli import _show
 from nano4m_cli.cli._app import COMMANDS, app
 
-TINY = ["train=8", "val=4", "test=4", "test_novel=4", "shard_size=4", "size=16"]
+TINY = ["judge=0", "train=8", "val=4", "test=4", "test_novel=4", "shard_size=4", "size=16"]
 ENV = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "NANO4M_ROOT": ""}
 
 
@@ -233,7 +233,9 @@ def test_fetch_with_other_options_is_refused(space):
 def test_fetch_dry_run_writes_nothing(here):
     result = run("fetch", "scenes", *TINY, "--dry-run", "--json")
     data = json.loads(result.stdout)
-    assert data["dry_run"] and data["splits"]["train"] == {"samples": 8, "shards": 2}
+    assert data["dry_run"] and data["splits"]["train"] == {"samples": 8, "shards": 2} and "judge" not in data["splits"]
+    more = json.loads(run("fetch", "scenes", *TINY[1:], "--dry-run", "--json").stdout)
+    assert more["splits"]["judge"] == {"samples": 1, "shards": 1}, "an eighth of train, for judges only"
     assert list(here.iterdir()) == []
 
 
@@ -337,7 +339,7 @@ def test_dry_run_and_run(space, here, one_thread):
     args = ["train", "t.yaml", "--root", space, "--device", "cpu"]
     plan = json.loads(run(*args, "--dry-run", "--json").stdout)
     assert plan["run"] == "t" and set(plan["modalities"]) == {"rgb", "caption"}
-    assert set(plan["directions"]) == {"rgb->caption", "caption->rgb"}
+    assert set(plan["directions"]) - {"->rgb", "->caption"} == {"rgb->caption", "caption->rgb"}
     assert 0 < plan["masking"]["used"] <= 1
     assert "->rgb" in run(*args, "--dry-run").stdout
     assert not (space / "runs").exists()

@@ -34,6 +34,7 @@ LAYER = {
     "rng": 1,
     "spec": 1,
     "media_compat": 1,
+    "compute": 1,
     "tokenizers": 2,
     "model": 2,
     "modalities": 3,
@@ -385,7 +386,7 @@ def test_mel_bands_are_inverted_to_power_that_has_these_bands():
     assert found.shape == power.shape and float(found.min()) >= 0
     error = lambda x: float((x @ tokenizer.bank - bands).norm() / bands.norm())  # noqa: E731
     clipped = (bands @ tokenizer.inverse).clamp_min(0)
-    assert error(found) < 0.1 and error(found) < 0.2 * error(clipped), (error(found), error(clipped))
+    assert error(found) < 0.1 and error(found) < 0.4 * error(clipped), (error(found), error(clipped))
     silent = tokenizer.invert_mel(torch.zeros(1, 2, tokenizer.bank.shape[1]))
     assert torch.isfinite(silent).all() and float(silent.max()) < 1e-6
 

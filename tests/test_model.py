@@ -86,13 +86,21 @@ def attention_case(name: str):
         return Mask(Ragged.of([3, 2, 4]), Ragged.of([2, 0, 1]))
     if name == "no keys at all":
         return Mask(Ragged.of([3, 2]), Ragged.of([0, 0]))
+    if name.startswith("grouped"):  # enough rows of different length to be padded in groups
+        q = Ragged.of(np.random.default_rng(0).integers(0, 12, 50))
+        k = Ragged.of(np.random.default_rng(1).integers(0, 9, 50))
+        causal = torch.arange(50) % 3 == 0
+        mask = {"grouped self": Mask(q, q), "grouped causal": Mask(q, q, causal=causal), "grouped cross": Mask(q, k)}[name]
+        assert len(mask.groups) == 3 and len({g.q_width for g in mask.groups}) > 1
+        return mask
     if name == "empty queries":
         return Mask(Ragged.of([0, 2, 0]), Ragged.of([2, 3, 1]))
     raise AssertionError(name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["self", "causal", "cross", "k_row", "empty keys", "no keys at all", "empty queries"])
+@pytest.mark.parametrize("name", ["self", "causal", "cross", "k_row", "empty keys", "no keys at all", "empty queries",
+                                  "grouped self", "grouped causal", "grouped cross"])
 def test_backends_agree_with_the_definition(backend, name):
     mask = attention_case(name)
     g = torch.Generator().manual_seed(0)
@@ -365,7 +373,7 @@ def test_token_table_adds_its_levels():
     some = torch.tensor([0, 11, 12, 17, 18, 22, 11])
     torch.testing.assert_close(table(some), weight[some])
     first_c = int(layout.vocab_start[-2])
-    assert float(table.table[:first_c].std()) < 0.1 * float(table.table[first_c:].std()), "codes begin as their levels"
+    assert float(table.table.data[:first_c].std()) < 0.1 * float(table.table.data[first_c:].std()), "codes begin as their levels"
     weight.sum().backward()
     assert table.level.grad[0].abs().sum() == 0 and (table.level.grad[1:].abs().sum(1) > 0).all()
 

@@ -155,7 +155,7 @@ def _show_plan(show: Show, prepared: Any) -> None:
     show.table(["source", *(f"->{t}" for t in modalities)], rows)
     top = list(masks.directions.items())[:8]
     if top:
-        show.line("\nmost frequent: " + ", ".join(f"{name} {share:.2%}" for name, share in top))
+        show.line("\nmost frequent: " + ", ".join(f"{'nothing' * name.startswith('->')}{name} {share:.2%}" for name, share in top))
     masking = {k: v for k, v in vars(masks).items() if k != "directions"}
     directions = {n: {"frequency": f, "in_distribution": f >= IN_DISTRIBUTION} for n, f in frequency.items()}
     show.document({**summary, "masking": masking, "directions": directions, "dry_run": True})

@@ -10,6 +10,7 @@ to rounding (tested):
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from nano4m_cli.model.batch import Ragged
 
 BACKENDS = ("padded", "sdpa", "loop")
+GROUPS, MIN_ROWS = 3, 12  # rows are padded in so many groups of at least so many (scripts/bench/attention.py)
 NEVER = -1e9  # finite, so that a row without keys gives zeros (its values are padding), not NaN
 
 
@@ -51,6 +53,20 @@ class _Unpad(torch.autograd.Function):
         return grad.new_zeros(ctx.rows, grad.shape[1]).index_copy_(0, place, grad), None
 
 
+@dataclass(frozen=True)
+class Group:
+    """Rows of about the same length, padded to the longest of them only.
+
+    rows: (S,) which rows, None: all. q_width, k_width: of their longest. bias: (S, 1 or Lq, Lk), NEVER where a query may
+    not look.
+    """
+
+    rows: Tensor | None
+    q_width: int
+    k_width: int
+    bias: Tensor
+
+
 class Mask:
     """Which keys a query may see: keys of its own row and, where the row is causal, none after it.
 
@@ -61,37 +77,69 @@ class Mask:
 
     def __init__(self, q: Ragged, k: Ragged, k_row: Tensor | None = None, causal: Tensor | None = None):
         self.q, self.k, self.k_row, self.causal = q, k, k_row, causal
-        key = torch.arange(k.width, device=k.lengths.device)
-        lengths = k.lengths if k_row is None else k.lengths[k_row]
-        allowed = (key < lengths[:, None])[:, None]  # (S, 1, Lk)
-        if causal is not None and bool(causal.any()):
-            assert q.width == k.width, (q.width, k.width)
-            order = key[:, None] >= key  # (Lq, Lk)
-            allowed = allowed & (order | ~causal[:, None, None])
-        self.bias = torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, NEVER)  # (S, 1 or Lq, Lk)
+        self.groups = [self._group(rows) for rows in self._rows()]
         self._cache: dict[tuple, Tensor] = {}
 
-    def head_bias(self, heads: int, dtype: torch.dtype) -> Tensor:
-        """Return the bias as (S * heads, 1 or Lq, Lk)."""
-        key = ("bias", heads, dtype)
+    def _rows(self) -> list[Tensor | None]:
+        """Return rows in up to `GROUPS` groups by length, so that short rows are not padded to the longest."""
+        if self.k_row is not None or self.q.rows < MIN_ROWS * 2 or self.q.lengths.device.type != "cpu":
+            return [None]
+        order = torch.argsort(self.q.lengths * self.q.width + self.k.lengths * self.k.width, stable=True)
+        return list(order.tensor_split(min(GROUPS, self.q.rows // MIN_ROWS)))
+
+    def _group(self, rows: Tensor | None) -> Group:
+        some = slice(None) if rows is None else rows
+        q_lengths, k_lengths = self.q.lengths[some], (self.k.lengths if self.k_row is None else self.k.lengths[self.k_row])[some]
+        q_width = self.q.width if rows is None else max(int(q_lengths.max()), 1)
+        k_width = self.k.width if rows is None else max(int(k_lengths.max()), 1)
+        key = torch.arange(k_width, device=k_lengths.device)
+        allowed = (key < k_lengths[:, None])[:, None]  # (S, 1, Lk)
+        if self.causal is not None and bool(self.causal[some].any()):
+            assert q_width == k_width, (q_width, k_width)
+            allowed = allowed & ((key[:, None] >= key) | ~self.causal[some][:, None, None])  # (S, Lq, Lk)
+        bias = torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, NEVER)
+        return Group(rows, q_width, k_width, bias)
+
+    def head_bias(self, group: int, heads: int, dtype: torch.dtype) -> Tensor:
+        """Return a group's bias as (S * heads, 1 or Lq, Lk)."""
+        key = ("bias", group, heads, dtype)
         if key not in self._cache:
-            self._cache[key] = self.bias.to(dtype).repeat_interleave(heads, 0)
+            self._cache[key] = self.groups[group].bias.to(dtype).repeat_interleave(heads, 0)
         return self._cache[key]
 
+    def parts(self, side: Literal["q", "kv"], heads: int) -> list[tuple[int, int]]:
+        """Return (first, end) of each group in the flat buffer of padded head vectors that `place` fills."""
+        edges = [0]
+        for g in self.groups:
+            if side == "q":
+                size = (self.q.rows if g.rows is None else len(g.rows)) * g.q_width
+            else:
+                size = 2 * (self.k.rows if g.rows is None else len(g.rows)) * g.k_width
+            edges.append(edges[-1] + size * heads)
+        return list(zip(edges[:-1], edges[1:], strict=True))
+
     def place(self, side: Literal["q", "kv"], heads: int) -> Tensor:
-        """Return where each head vector goes, so that padded rows come out as (S * heads, L, D / heads).
+        """Return where each head vector goes in the flat buffer, whose groups read as (S * heads, L, D / heads).
 
         "q": (T * heads,), in the order of a (T, heads, .) tensor; "kv": (T * 2 * heads,), of a (T, 2, heads, .) tensor,
-        keys before values.
+        a group's keys before its values.
         """
         key = (side, heads)
         if key not in self._cache:
             r, copies = (self.q, 1) if side == "q" else (self.k, 2)
+            # Per row: where its group begins, rows in that group, its number there, the group's width.
+            about = torch.empty(4, r.rows, dtype=torch.int64, device=r.lengths.device)
+            for g, (first, _) in zip(self.groups, self.parts(side, heads), strict=True):
+                n = r.rows if g.rows is None else len(g.rows)
+                width = g.q_width if side == "q" else g.k_width
+                facts = torch.tensor([[first], [n], [0], [width]], device=about.device).repeat(1, n)
+                facts[2] = torch.arange(n, device=about.device)
+                about[:, slice(None) if g.rows is None else g.rows] = facts
             row, offset = r.place // r.width, r.place % r.width
-            which = torch.arange(copies, device=row.device)[:, None] * r.rows
+            first, n, number, width = (x[:, None, None] for x in about[:, row])
+            which = torch.arange(copies, device=row.device)[:, None]
             head = torch.arange(heads, device=row.device)
-            full = ((which + row[:, None, None]) * heads + head) * r.width + offset[:, None, None]
-            self._cache[key] = full.reshape(-1)
+            self._cache[key] = (first + ((which * n + number) * heads + head) * width + offset[:, None, None]).reshape(-1)
         return self._cache[key]
 
 
@@ -105,21 +153,28 @@ def attend(q_TD: Tensor, kv_T2D: Tensor, heads: int, mask: Mask, backend: str = 
         return _loop(q_TD, *kv_T2D.chunk(2, -1), heads, mask)
     assert backend in BACKENDS, backend
     width = q_TD.shape[1] // heads
-    rq, rk = mask.q, mask.k
-    q = _Pad.apply(q_TD.reshape(-1, width), mask.place("q", heads), rq.rows * heads * rq.width)
-    kv = _Pad.apply(kv_T2D.reshape(-1, width), mask.place("kv", heads), 2 * rk.rows * heads * rk.width)
-    q, (k, v) = q.view(-1, rq.width, width), kv.view(2, -1, rk.width, width)
-    if mask.k_row is not None:
-        pick = lambda x: x.view(rk.rows, -1).index_select(0, mask.k_row).view(-1, rk.width, width)  # noqa: E731
-        k, v = pick(k), pick(v)
-    bias = mask.head_bias(heads, q.dtype)
+    q_parts, kv_parts = mask.parts("q", heads), mask.parts("kv", heads)
+    q = _Pad.apply(q_TD.reshape(-1, width), mask.place("q", heads), q_parts[-1][1])
+    kv = _Pad.apply(kv_T2D.reshape(-1, width), mask.place("kv", heads), kv_parts[-1][1])
+    qs, kvs = (x.split([z - a for a, z in parts]) for x, parts in ((q, q_parts), (kv, kv_parts)))
+    out = []
+    for i, (g, q_, kv_) in enumerate(zip(mask.groups, qs, kvs, strict=True)):
+        q_, (k_, v_) = q_.view(-1, g.q_width, width), kv_.view(2, -1, g.k_width, width)
+        if mask.k_row is not None:
+            pick = lambda x: x.view(mask.k.rows, -1).index_select(0, mask.k_row).view(-1, mask.k.width, width)  # noqa: E731
+            k_, v_ = pick(k_), pick(v_)
+        out.append(_softmax_attention(q_, k_, v_, mask.head_bias(i, heads, q.dtype), backend).reshape(-1, width))
+    y = out[0] if len(out) == 1 else torch.cat(out)
+    return _Unpad.apply(y, mask.place("q", heads)).view(q_TD.shape)
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, backend: str) -> Tensor:
+    """Return (S, Lq, W) of (S, Lq, W), (S, Lk, W), (S, Lk, W) and an additive bias (S, 1 or Lq, Lk)."""
     if backend == "sdpa":
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    else:
-        with torch.autocast(q.device.type, enabled=False):  # the softmax's fp32 arithmetic stays inside its kernel
-            score = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=width**-0.5)  # (S * heads, Lq, Lk)
-            y = torch.bmm(torch.softmax(score, -1), v)
-    return _Unpad.apply(y.reshape(-1, width), mask.place("q", heads)).view(q_TD.shape)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    with torch.autocast(q.device.type, enabled=False):  # the softmax's fp32 arithmetic stays inside its kernel
+        score = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)  # (S, Lq, Lk)
+        return torch.bmm(torch.softmax(score, -1), v)
 
 
 def _loop(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask) -> Tensor:

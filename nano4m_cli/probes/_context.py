@@ -45,7 +45,7 @@ class Context:
         if not self.n:
             raise DataError(f"split '{split}' of '{run.dataset.name}' is empty")
         self.ids_NC, self.length_NM = self.tokens.read(np.arange(self.n))
-        self._generated: dict[tuple, np.ndarray] = {}
+        self._generated: dict[tuple, State] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
         self._others: dict[str, Context] = {}
         self.limit = limit
@@ -224,26 +224,24 @@ class Context:
         """Return the options that targets are generated with."""
         return resolve(options or GenerateOptions(seed=self.seed), targets, self.model, self.frequencies)
 
-    def generate(self, sources: Sequence[str], targets: Sequence[str], options: GenerateOptions | None = None) -> np.ndarray:
-        """Return ids (N, C) with the targets generated from the sources; kept for other probes."""
-        options = self.sampling(targets, options)
-        key = (tuple(sources), tuple(targets), options)
+    def generate(
+        self, sources: Sequence[str], targets: Sequence[str], options: GenerateOptions | None = None, limit: int | None = None
+    ) -> State:
+        """Return the first `limit` samples with the targets generated from the sources; kept for other probes."""
+        options, n = self.sampling(targets, options), self.n if limit is None else min(limit, self.n)
+        key = (tuple(sources), tuple(targets), options, n)
         if key not in self._generated:
-            known = self.inside_NC & self.columns(*sources)
-            state = State(np.where(known, self.ids_NC, 0), known, np.arange(self.n))
+            known = self.inside_NC[:n] & self.columns(*sources)
+            state = State(np.where(known, self.ids_NC[:n], 0), known, np.arange(n))
             chain(self.model, state, targets, options, batch=CHUNK)
-            self._generated[key] = state.ids_BC
-            self._generated[(*key, "known")] = state.known_BC
+            self._generated[key] = state
         return self._generated[key]
 
     def decoded(self, sources: Sequence[str], targets: Sequence[str], modality: str, options: GenerateOptions | None = None,
                 limit: int | None = None) -> list[Any]:
         """Return the raw values of a generated modality (of the first `limit` samples)."""
-        options = self.sampling(targets, options)
-        ids = self.generate(sources, targets, options)
-        known = self._generated[(tuple(sources), tuple(targets), options, "known")]
-        columns = self.layout.slice(modality)
-        rows = [i[columns][k[columns]] for i, k in zip(ids[:limit], known[:limit], strict=True)]
+        state, columns = self.generate(sources, targets, options, limit), self.layout.slice(modality)
+        rows = [i[columns][k[columns]] for i, k in zip(state.ids_BC, state.known_BC, strict=True)]
         tokenizer = self.tokenizer(modality)
         return [raw for a in range(0, len(rows), CHUNK) for raw in tokenizer.decode(rows[a : a + CHUNK])]
 

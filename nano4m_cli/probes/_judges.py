@@ -28,7 +28,7 @@ from nano4m_cli.rng import permutation, torch_seed
 from nano4m_cli.tokenizers.fsq_mel import Tokenizer as Mel
 
 VERSION = 4
-SAMPLES, STEPS, BATCH = 12_000, {"rgb": 320, "audio": 180}, 64
+SAMPLES, STEPS, BATCH = {"rgb": 12_000, "audio": 8_000}, {"rgb": 320, "audio": 180}, 64
 STRIDE = {"audio": (3, 4)}  # log-mel frames x bands; pictures: (2, 2)
 
 
@@ -163,9 +163,10 @@ def open_judge(dataset: DatasetFolder, modality: str, progress: Callable[[str, i
         judge.net.load_state_dict(state)
         judge.net.eval()
         return judge
-    values, labels = _real(dataset, modality, "train", SAMPLES - min(info.judge, SAMPLES // 2))
-    if info.judge:
-        more = _real(dataset, modality, "judge", SAMPLES // 2)
+    special = min(info.judge, SAMPLES[modality] // 6)  # as often as among all combinations
+    values, labels = _real(dataset, modality, "train", SAMPLES[modality] - special)
+    if special:
+        more = _real(dataset, modality, "judge", special)
         values, labels = values + more[0], labels + more[1]
     judge.fit(values, labels, 0, lambda done, total: progress(f"judge of {modality}", done, total))
     with atomic_folder(folder) as aside:

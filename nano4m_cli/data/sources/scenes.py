@@ -102,7 +102,7 @@ class Source(BaseSource):
         seconds: float = Field(1.0, ge=0.3, le=60.0)
         min_objects: int = Field(1, ge=1, le=MOST)
         max_objects: int = Field(2, ge=1, le=MOST)
-        train: int = Field(18_000, ge=0)
+        train: int = Field(16_000, ge=0)
         val: int = Field(400, ge=0)
         test: int = Field(400, ge=0)
         test_novel: int = Field(400, ge=0)
