@@ -251,6 +251,17 @@ def test_known_part_of_the_target_is_uniform_and_the_rest_is_asked():
     assert (abs(counts - n * 0.25 / 30) < 5 * np.sqrt(n * 0.25 / 30)).all()
 
 
+def test_known_may_differ_from_target_to_target():
+    n = 20_000
+    length = np.tile(LENGTH, (n, 1))
+    both = directed(source={"a": 1}, target={"c": 1, "d": 1}, known={"c": 1.0, "a": 0.3}, max_target=1000)
+    shown, asked = both.counts(length, key(n))
+    for m, wanted in ((2, 1.0), (3, 0.5)):  # one that is not named: a half
+        rows = asked[:, m] > 0
+        nothing = 1 - wanted + wanted / LENGTH[m]
+        assert near((shown[rows, m] == 0).sum(), rows.sum(), nothing), (m, (shown[rows, m] == 0).mean(), nothing)
+
+
 def test_max_target_cuts_what_is_asked():
     length = np.tile(LENGTH, (2000, 1))
     shown, asked = directed(target={"d": 1}, known=0.5, max_target=9).counts(length, key(2000))
@@ -310,6 +321,7 @@ def test_directed_of_almost_nothing(length):
     "options",
     [
         {"known": 1.5},
+        {"known": {"a": 0.5, "b": -0.1}},
         {"drop": -0.1},
         {"source": {"a": -1.0}},
         {"target": {"a": 0.0}},
@@ -329,7 +341,7 @@ def test_directed_refuses_to_ask_nothing(most):
 
 
 def test_directed_refuses_unknown_modalities():
-    for options in ({"source": {"e": 1}}, {"target": {"e": 1}}, {"extra": ["e"]}):
+    for options in ({"source": {"e": 1}}, {"target": {"e": 1}}, {"extra": ["e"]}, {"known": {"e": 0.5}}):
         with pytest.raises(ConfigError, match="'e' is not in this run"):
             directed(**options)
 

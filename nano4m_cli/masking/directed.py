@@ -19,6 +19,7 @@ from nano4m_cli.rng import uniform
 class Component(Base):
     class Options(Config):
         """source, target: weight of each modality (empty: equal). sources: probability of 1, 2, ... sources.
+        known: probability that part of the target is shown, for all targets or per modality (those not named: 0.5).
         extra: modalities that are always asked as well, whole, unless shown. max_target: most slots asked of the target.
         """
 
@@ -26,7 +27,7 @@ class Component(Base):
         source: dict[str, float] = {}
         target: dict[str, float] = {}
         sources: list[float] = [1.0]
-        known: float = 0.5
+        known: float | dict[str, float] = 0.5
         extra: list[str] = []
         drop: float = 0.0
         max_target: int = 256
@@ -41,7 +42,7 @@ class Component(Base):
         @field_validator("known", "drop")
         @classmethod
         def _probability(cls, v):
-            if not 0 <= v <= 1:
+            if not all(0 <= p <= 1 for p in (v.values() if isinstance(v, dict) else [v])):
                 raise ValueError("a probability lies between 0 and 1")
             return v
 
@@ -61,12 +62,14 @@ class Component(Base):
 
     def __init__(self, options: Config, names: list[str]):
         super().__init__(options, names)
-        for given in (*options.source, *options.target, *options.extra):
+        known = options.known if isinstance(options.known, dict) else dict.fromkeys(names, options.known)
+        for given in (*options.source, *options.target, *options.extra, *known):
             if given not in names:
                 raise ConfigError(f"masking: modality '{given}' is not in this run", did_you_mean(given, names))
         self.source_M = np.array([options.source.get(n, 0.0) if options.source else 1.0 for n in names])
         self.target_M = np.array([options.target.get(n, 0.0) if options.target else 1.0 for n in names])
         self.extra_M = np.array([n in options.extra for n in names])
+        self.known_M = np.array([known.get(n, 0.5) for n in names])
         self.cumulative = np.cumsum(options.sources) / sum(options.sources)
 
     def counts(self, length_BM: np.ndarray, key: Key) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +97,7 @@ class Component(Base):
 
         length_t = length_BM[np.arange(b), target_B]
         part = np.floor(draw("part") * length_t).astype(np.int64)
-        known = np.where(draw("known") < o.known, part, 0)
+        known = np.where(draw("known") < self.known_M[target_B], part, 0)
         shown = np.where(is_source, length_BM, 0) + np.where(is_target, known[:, None], 0)
         asked = np.where(is_target, np.minimum(length_t - known, o.max_target)[:, None], 0)
         asked = np.where(self.extra_M & ~is_source & ~is_target, length_BM, asked)
