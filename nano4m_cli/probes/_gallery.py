@@ -24,7 +24,9 @@ def write_gallery(context: Context, folder: Path) -> Path:
     with atomic_folder(folder) as aside:
         for p, (sources, targets) in enumerate(plans):
             context.progress("gallery", p, len(plans))
-            made = {t: few.decoded(sources, [t], t, EXACT if t in ("depth", "normal") else None) for t in targets}
+            # From a picture the likeliest depth is the best one; from words or sound it would be the mean of all scenes.
+            exact = [t for t in ("depth", "normal") if {"rgb", "depth"} & set(sources)]
+            made = {t: few.decoded(sources, [t], t, EXACT if t in exact else None) for t in targets}
             for i in range(few.n):
                 key, stem = few.tokens.key(i), f"{'-'.join(sources)}-{i}"
                 rows.append({
