@@ -31,7 +31,9 @@ def main() -> None:
     truth = mel([tokenizer.comparable(w) for w in waves])
     ids = tokenizer.encode(waves)
     print(f"{len(waves)} clips; codes alone: {float((tokenizer.decode_mel(ids) - truth).abs().mean()):.3f}")
+    solve = tokenizer.invert_mel
     for updates in (0, 10, 30, 100):
+        tokenizer.invert_mel = solve if updates else lambda power: (power @ tokenizer.inverse).clamp_min(0)
         for iterations in (8, 16, 32):
             fsq_mel.INVERSIONS = updates
             tokenizer.options = tokenizer.options.model_copy(update={"griffin_lim": iterations})
