@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from nano4m_cli.data.loader import TokenData
 from nano4m_cli.data.shards import Split
 from nano4m_cli.data.sheet import write_sheet
 from nano4m_cli.data.workspace import DatasetFolder, Workspace
@@ -74,12 +73,6 @@ def take(run: OpenRun, state: State, row: int, modality: str) -> np.ndarray:
     return state.ids_BC[row, columns][state.known_BC[row, columns]]
 
 
-def training_frequencies(run: OpenRun) -> dict[str, float]:
-    """Return the share of training samples that posed each direction (those never posed are not there)."""
-    lengths = TokenData(run.dataset, run.config.data.train, run.layout.names).lengths(8192)
-    return run.mixture.simulate(lengths, run.config.seed, 16384).directions
-
-
 def generate_files(
     workspace: Workspace, run_name: str | None, conditions: Mapping[str, str | None], sample: str | None,
     targets: Sequence[str], options: GenerateOptions, out: Path | None = None, n: int = 1,
@@ -120,7 +113,7 @@ def generate_files(
         raws[name], notice = tokenizers[name].adapt(raw)
         if notice:
             report.notices.append(notice)
-    so_far, posed = list(conditions), training_frequencies(run)
+    so_far, posed = list(conditions), run.directions
     for target in targets:
         if posed.get(way := direction(so_far, target, names), 0.0) < IN_DISTRIBUTION:
             report.notices.append(f"{way} was (almost) never posed in training: expect little")

@@ -15,7 +15,6 @@ from nano4m_cli.data.loader import TokenData
 from nano4m_cli.data.shards import Split
 from nano4m_cli.data.sources._base import DatasetInfo
 from nano4m_cli.errors import DataError
-from nano4m_cli.generate.command import training_frequencies
 from nano4m_cli.generate.sampler import GenerateOptions, State, chain, resolve
 from nano4m_cli.masking._mixture import IN_DISTRIBUTION, direction
 from nano4m_cli.model.batch import Packed, pack
@@ -146,17 +145,12 @@ class Context:
 
     # -- questions ------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def frequencies(self) -> dict[str, float]:
-        """Return how often training posed each direction."""
-        return training_frequencies(self.run)
-
     def direction(self, sources: Sequence[str], target: str) -> str:
         return direction(list(sources), target, self.names)
 
     def posed(self, name: str) -> Direction:
         """Return whether training posed a direction."""
-        frequency = self.frequencies.get(name, 0.0)
+        frequency = self.run.directions.get(name, 0.0)
         return Direction(value=frequency >= IN_DISTRIBUTION, frequency=round(frequency, 6))
 
     # -- the model ------------------------------------------------------------------------------------------------
@@ -222,7 +216,7 @@ class Context:
 
     def sampling(self, targets: Sequence[str], options: GenerateOptions | None = None) -> GenerateOptions:
         """Return the options that targets are generated with."""
-        return resolve(options or GenerateOptions(seed=self.seed), targets, self.model, self.frequencies)
+        return resolve(options or GenerateOptions(seed=self.seed), targets, self.model, self.run.directions)
 
     def generate(
         self, sources: Sequence[str], targets: Sequence[str], options: GenerateOptions | None = None, limit: int | None = None

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,12 @@ class OpenRun:
     @property
     def mixture(self) -> Mixture:
         return Mixture(self.config.masking, self.layout)
+
+    @cached_property
+    def directions(self) -> dict[str, float]:
+        """The share of training samples that posed each direction (those never posed are not there), by simulation."""
+        lengths = TokenData(self.dataset, self.config.data.train, self.layout.names).lengths(8192)
+        return self.mixture.simulate(lengths, self.config.seed, 16384).directions
 
 
 def open_run(workspace: Workspace, name: str | None = None, device: str = "cpu") -> OpenRun:

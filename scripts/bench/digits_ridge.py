@@ -16,6 +16,7 @@ import torch
 from nano4m_cli.data.shards import Split
 from nano4m_cli.data.workspace import Workspace
 from nano4m_cli.media_compat import ensure_torchaudio
+from nano4m_cli.probes._result import mean_metric
 from nano4m_cli.registry import MODALITIES
 
 RATE, STRETCHES, BANDS = 24_000, 8, 40
@@ -72,8 +73,7 @@ def main() -> None:
     for dataset in [workspace.dataset(n) for n in args.datasets] or known:
         parts = [read(dataset, s, bank) for s in ("train", "val", "test")]
         hit = ridge(*parts)
-        draws = np.random.default_rng(0).choice(hit, (2000, len(hit))).mean(1)
-        low, high = np.quantile(draws, [0.025, 0.975])
+        low, high = mean_metric("digit_acc", hit).ci95
         print(f"{dataset.info().name:24} ridge on log-mel: {hit.mean():.3f} ({low:.3f} .. {high:.3f}), {len(hit)} recordings "
               f"(train {len(parts[0][1])})", flush=True)
 

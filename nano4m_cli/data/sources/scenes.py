@@ -93,7 +93,8 @@ class Source(BaseSource):
     class Options(Config):
         """Counts are samples per split (judge: None is an eighth of train).
 
-        `supersample` smooths RGB only, depth and normals stay exact per pixel."""
+        `supersample` smooths RGB only, depth and normals stay exact per pixel.
+        """
 
         name: str = Field("scenes", pattern=r"^[A-Za-z0-9_-]+$")
         seed: int = Field(1, ge=0)
