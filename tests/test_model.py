@@ -106,7 +106,7 @@ def test_backends_agree_with_the_definition(backend, name):
     g = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randn(n, 24, generator=g).requires_grad_()  # noqa: E731
     q, k, v = draw(int(mask.q.lengths.sum())), draw(int(mask.k.lengths.sum())), draw(int(mask.k.lengths.sum()))
-    y, want = attend(q, torch.cat([k, v], -1), 3, mask, backend), slow_attend(q, k, v, 3, mask)
+    y, want = attend(q, k, v, 3, mask, backend), slow_attend(q, k, v, 3, mask)
     assert y.shape == q.shape
     torch.testing.assert_close(y, want, **CLOSE)
     # Gradients as well: a padded row must not leak into them.
@@ -136,6 +136,24 @@ def test_backends_give_the_same_model(layout, sample, options):
         for (name, a), (_, b) in zip(base.named_parameters(), other.named_parameters(), strict=True):
             if a.grad is not None or b.grad is not None:
                 torch.testing.assert_close(b.grad, a.grad, atol=2e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_autocast_stays_near_fp32(layout, sample, backend):
+    """What a CPU without bf16 never runs by itself still has to work where it is asked for, gradients too."""
+    ids, _, shown, asked = sample(7)
+    model = make(layout, attention=backend, qk_norm=True)
+    packed = pack(layout, ids, shown, asked, model.config.registers)
+    sides = {}
+    for on in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            loss = model.nll(packed).mean()
+        loss.backward()
+        sides[on] = float(loss.detach()), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    (a, g), (b, h) = sides[False], sides[True]
+    assert b == pytest.approx(a, rel=0.02) and b != a
+    assert float(torch.cosine_similarity(g, h, 0)) > 0.99
 
 
 def test_auto_picks_a_backend_by_width(layout):

@@ -2,13 +2,15 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from nano4m_cli.data.sources.scenes import Source, draw
 from nano4m_cli.probes._result import Metric, mean_metric, ratio_interval
 from nano4m_cli.probes.linear import ridge_classifier
-from nano4m_cli.probes.retrieval import best_rank, chance_at
+from nano4m_cli.probes.retrieval import best_rank, ceiling_at, chance_at
 
 # -- intervals ----------------------------------------------------------------------------------------------------
 
@@ -183,3 +185,27 @@ def test_ridge_with_a_class_that_never_occurs():
     x, y = clouds(200, 0)
     z, truth = clouds(100, 1)
     assert (ridge_classifier(x, y, z, 5) == truth).mean() > 0.9
+
+
+@pytest.mark.parametrize("source, target", [("audio", "rgb"), ("caption", "rgb"), ("depth", "audio")])
+def test_the_ceiling_of_retrieval_is_what_a_perfect_reader_of_labels_reaches(source, target):
+    """A reader that knows every attribute both show, and guesses among samples alike in them."""
+    options = Source.Options()
+    info, n = Source(options, None).info(), 60
+    labels = [{"objects": [vars(b) for b in draw(options, "test", i).bodies]} for i in range(n)]
+    context = SimpleNamespace(info=info, labels=labels)
+    shared = sorted(set(info.determined[source]) & set(info.determined[target]))
+    kind = np.array([" / ".join(" ".join(o[a] for a in shared) for o in l["objects"]) for l in labels])
+    rng = np.random.default_rng(0)
+    for k in (1, 5):
+        draws = [(best_rank((kind[:, None] == kind) + rng.random((n, n)), np.eye(n, dtype=bool)) <= k).mean() for _ in range(400)]
+        ceiling = ceiling_at(context, source, target, n, k)
+        assert ceiling == pytest.approx(np.mean(draws), abs=0.01)
+        assert k > 1 or 1 / n < ceiling < 1
+
+
+def test_retrieval_has_no_ceiling_where_more_than_labels_is_shared():
+    info = Source(Source.Options(), None).info()
+    assert ceiling_at(SimpleNamespace(info=info, labels=[]), "rgb", "depth", 0, 1) is None
+    by_class = info.model_copy(update={"pairing": "class"})
+    assert ceiling_at(SimpleNamespace(info=by_class, labels=[]), "audio", "rgb", 0, 1) is None

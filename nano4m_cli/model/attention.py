@@ -10,47 +10,21 @@ to rounding (tested):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nano4m_cli.model.batch import Ragged
 
 BACKENDS = ("padded", "sdpa", "loop")
 GROUPS, MIN_ROWS = 3, 12  # rows are padded in so many groups of at least so many (scripts/bench/attention.py)
 NEVER = -1e9  # finite, so that a row without keys gives zeros (its values are padding), not NaN
-
-
-class _Pad(torch.autograd.Function):
-    """(T, D) -> (S * L, D) with zeros between; its gradient is a plain gather."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, place: Tensor, rows: int) -> Tensor:
-        ctx.save_for_backward(place)
-        return x.new_zeros(rows, x.shape[1]).index_copy_(0, place, x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (place,) = ctx.saved_tensors
-        return grad.index_select(0, place), None, None
-
-
-class _Unpad(torch.autograd.Function):
-    """(S * L, D) -> (T, D); places are unique, so its gradient is a plain copy."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.rows = x.shape[0]
-        return x.index_select(0, place)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (place,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.rows, grad.shape[1]).index_copy_(0, place, grad), None
 
 
 @dataclass(frozen=True)
@@ -107,74 +81,115 @@ class Mask:
             self._cache[key] = self.groups[group].bias.to(dtype).repeat_interleave(heads, 0)
         return self._cache[key]
 
-    def parts(self, side: Literal["q", "kv"], heads: int) -> list[tuple[int, int]]:
-        """Return (first, end) of each group in the flat buffer of padded head vectors that `place` fills."""
-        edges = [0]
-        for g in self.groups:
-            if side == "q":
-                size = (self.q.rows if g.rows is None else len(g.rows)) * g.q_width
-            else:
-                size = 2 * (self.k.rows if g.rows is None else len(g.rows)) * g.k_width
-            edges.append(edges[-1] + size * heads)
-        return list(zip(edges[:-1], edges[1:], strict=True))
+    def parts(self, side: Literal["q", "k"]) -> list[tuple[int, int]]:
+        """Return (first, end) of each group in the flat buffer of padded rows that `place` fills, in rows of all heads."""
+        r = self.q if side == "q" else self.k
+        sizes = [(r.rows if g.rows is None else len(g.rows)) * (g.q_width if side == "q" else g.k_width) for g in self.groups]
+        ends = np.cumsum(sizes).tolist()
+        return list(zip([0, *ends[:-1]], ends, strict=True))
 
-    def place(self, side: Literal["q", "kv"], heads: int) -> Tensor:
-        """Return where each head vector goes in the flat buffer, whose groups read as (S * heads, L, D / heads).
-
-        "q": (T * heads,), in the order of a (T, heads, .) tensor; "kv": (T * 2 * heads,), of a (T, 2, heads, .) tensor,
-        a group's keys before its values.
-        """
+    def place(self, side: Literal["q", "k"], heads: int) -> Tensor:
+        """Return (T * heads,): where each head vector of a (T, heads, .) tensor goes in the flat buffer, whose groups read
+        as (S * heads, L, D / heads)."""
         key = (side, heads)
         if key not in self._cache:
-            r, copies = (self.q, 1) if side == "q" else (self.k, 2)
-            # Per row: where its group begins, rows in that group, its number there, the group's width.
-            about = torch.empty(4, r.rows, dtype=torch.int64, device=r.lengths.device)
-            for g, (first, _) in zip(self.groups, self.parts(side, heads), strict=True):
+            r = self.q if side == "q" else self.k
+            # Per row: where its group begins, its number there, the group's width.
+            about = torch.empty(3, r.rows, dtype=torch.int64, device=r.lengths.device)
+            for g, (first, _) in zip(self.groups, self.parts(side), strict=True):
                 n = r.rows if g.rows is None else len(g.rows)
                 width = g.q_width if side == "q" else g.k_width
-                facts = torch.tensor([[first], [n], [0], [width]], device=about.device).repeat(1, n)
-                facts[2] = torch.arange(n, device=about.device)
+                facts = torch.tensor([[first * heads], [0], [width]], device=about.device).repeat(1, n)
+                facts[1] = torch.arange(n, device=about.device)
                 about[:, slice(None) if g.rows is None else g.rows] = facts
             row, offset = r.place // r.width, r.place % r.width
-            first, n, number, width = (x[:, None, None] for x in about[:, row])
-            which = torch.arange(copies, device=row.device)[:, None]
+            first, number, width = (x[:, None] for x in about[:, row])
             head = torch.arange(heads, device=row.device)
-            self._cache[key] = (first + ((which * n + number) * heads + head) * width + offset[:, None, None]).reshape(-1)
+            self._cache[key] = (first + (number * heads + head) * width + offset[:, None]).reshape(-1)
         return self._cache[key]
 
 
-def attend(q_TD: Tensor, kv_T2D: Tensor, heads: int, mask: Mask, backend: str = "padded") -> Tensor:
-    """Return (Tq, D): softmax(q k / sqrt(head width)) v within the rows of `mask`.
-
-    Args:
-        q_TD: (Tq, D), split into `heads`. kv_T2D: (Tk, 2 D), keys then values.
-    """
-    if backend == "loop":
-        return _loop(q_TD, *kv_T2D.chunk(2, -1), heads, mask)
+def attend(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask, backend: str = "padded") -> Tensor:
+    """Return (Tq, D): softmax(q k / sqrt(head width)) v within the rows of `mask`; q (Tq, D), k and v (Tk, D)."""
     assert backend in BACKENDS, backend
-    width = q_TD.shape[1] // heads
-    q_parts, kv_parts = mask.parts("q", heads), mask.parts("kv", heads)
-    q = _Pad.apply(q_TD.reshape(-1, width), mask.place("q", heads), q_parts[-1][1])
-    kv = _Pad.apply(kv_T2D.reshape(-1, width), mask.place("kv", heads), kv_parts[-1][1])
-    qs, kvs = (x.split([z - a for a, z in parts]) for x, parts in ((q, q_parts), (kv, kv_parts)))
-    out = []
-    for i, (g, q_, kv_) in enumerate(zip(mask.groups, qs, kvs, strict=True)):
-        q_, (k_, v_) = q_.view(-1, g.q_width, width), kv_.view(2, -1, g.k_width, width)
-        if mask.k_row is not None:
-            pick = lambda x: x.view(mask.k.rows, -1).index_select(0, mask.k_row).view(-1, mask.k.width, width)  # noqa: E731
-            k_, v_ = pick(k_), pick(v_)
-        out.append(_softmax_attention(q_, k_, v_, mask.head_bias(i, heads, q.dtype), backend).reshape(-1, width))
-    y = out[0] if len(out) == 1 else torch.cat(out)
-    return _Unpad.apply(y, mask.place("q", heads)).view(q_TD.shape)
+    if backend == "loop":
+        return _loop(q_TD, k_TD, v_TD, heads, mask)
+    q, k, v = (x.reshape(len(x) * heads, x.shape[1] // heads) for x in (q_TD, k_TD, v_TD))
+    return (_Padded.apply(q, k, v, mask, heads) if backend == "padded" else _sdpa(q, k, v, mask, heads)).view(q_TD.shape)
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, backend: str) -> Tensor:
-    """Return (S, Lq, W) of (S, Lq, W), (S, Lk, W), (S, Lk, W) and an additive bias (S, 1 or Lq, Lk)."""
-    if backend == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    with torch.autocast(q.device.type, enabled=False):  # the softmax's fp32 arithmetic stays inside its kernel
-        score = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)  # (S, Lq, Lk)
-        return torch.bmm(torch.softmax(score, -1), v)
+def _groups(mask: Mask, heads: int, of_q: Sequence[Tensor], of_k: Sequence[Tensor]):
+    """Yield for each group its bias (S * heads, 1 or Lq, Lk) and its views (S * heads, L, W) of flat buffers."""
+    for i, (g, (qa, qz), (ka, kz)) in enumerate(zip(mask.groups, mask.parts("q"), mask.parts("k"), strict=True)):
+        qs = [x[qa * heads : qz * heads].view(-1, g.q_width, x.shape[1]) for x in of_q]
+        ks = [x[ka * heads : kz * heads].view(-1, g.k_width, x.shape[1]) for x in of_k]
+        yield mask.head_bias(i, heads, of_q[0].dtype), qs, ks
+
+
+def _pick(x: Tensor, mask: Mask) -> Tensor:
+    """Return the rows of keys (R * heads, L, W) that the rows of queries look at, (S * heads, L, W)."""
+    return x if mask.k_row is None else x.unflatten(0, (mask.k.rows, -1)).index_select(0, mask.k_row).flatten(0, 1)
+
+
+def _pad(x: Tensor, place: Tensor, rows: int) -> Tensor:
+    return x.new_zeros(rows, x.shape[1]).index_copy_(0, place, x)
+
+
+class _Padded(torch.autograd.Function):
+    """Softmax attention of (Tq * H, W), (Tk * H, W), (Tk * H, W), group by group in one padded buffer each.
+
+    Written out, because autograd would copy and add up what the groups' slices of a buffer can be written into.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Mask, heads: int) -> Tensor:
+        at_q, at_k = mask.place("q", heads), mask.place("k", heads)
+        n_q, n_k = mask.parts("q")[-1][1] * heads, mask.parts("k")[-1][1] * heads
+        q, k, v = _pad(q, at_q, n_q), _pad(k, at_k, n_k), _pad(v, at_k, n_k)
+        y, weights = torch.empty_like(q), []
+        with torch.autocast(q.device.type, enabled=False):  # the softmax's fp32 arithmetic stays inside its kernel
+            for bias, (q_, y_), (k_, v_) in _groups(mask, heads, [q, y], [k, v]):
+                score = torch.baddbmm(bias, q_, _pick(k_, mask).transpose(1, 2), alpha=q.shape[1] ** -0.5)
+                weights.append(torch.softmax(score, -1))
+                torch.bmm(weights[-1], _pick(v_, mask), out=y_)
+        ctx.save_for_backward(q, k, v, y, *weights)
+        ctx.mask, ctx.heads = mask, heads
+        return y.index_select(0, at_q)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        q, k, v, y, *weights = ctx.saved_tensors
+        mask, heads, scale = ctx.mask, ctx.heads, q.shape[1] ** -0.5
+        at_q, at_k = mask.place("q", heads), mask.place("k", heads)
+        grad = _pad(grad, at_q, len(q))
+        inner = -(grad * y).sum(-1, keepdim=True)  # of each query: - sum over keys of weight * its gradient
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        groups = _groups(mask, heads, [q, grad, inner, dq], [k, v, dk, dv])
+        for p, (_, (q_, grad_, inner_, dq_), (k_, v_, dk_, dv_)) in zip(weights, groups, strict=True):
+            d_score = torch.baddbmm(inner_, grad_, _pick(v_, mask).transpose(1, 2)).mul_(p)
+            torch.baddbmm(dq_, d_score, _pick(k_, mask), beta=0, alpha=scale, out=dq_)
+            _to_keys(dk_, d_score.transpose(1, 2), q_, scale, mask)
+            _to_keys(dv_, p.transpose(1, 2), grad_, 1.0, mask)
+        return dq.index_select(0, at_q), dk.index_select(0, at_k), dv.index_select(0, at_k), None, None
+
+
+def _to_keys(out: Tensor, weight: Tensor, x: Tensor, scale: float, mask: Mask) -> None:
+    """Write scale * weight @ x, (S * heads, Lk, W), into the rows of keys that `_pick` took."""
+    if mask.k_row is None:
+        torch.baddbmm(out, weight, x, beta=0, alpha=scale, out=out)
+    else:
+        rows = torch.bmm(weight, x).mul_(scale).unflatten(0, (mask.q.rows, -1))
+        out.zero_().unflatten(0, (mask.k.rows, -1)).index_add_(0, mask.k_row, rows)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, heads: int) -> Tensor:
+    at_q, at_k = mask.place("q", heads), mask.place("k", heads)
+    q = q.new_zeros(mask.parts("q")[-1][1] * heads, q.shape[1]).index_copy(0, at_q, q)
+    k, v = (x.new_zeros(mask.parts("k")[-1][1] * heads, x.shape[1]).index_copy(0, at_k, x) for x in (k, v))
+    out = [F.scaled_dot_product_attention(q_, _pick(k_, mask), _pick(v_, mask), attn_mask=bias).flatten(0, 1)
+           for bias, (q_,), (k_, v_) in _groups(mask, heads, [q], [k, v])]
+    return torch.cat(out).index_select(0, at_q)
 
 
 def _loop(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask) -> Tensor:

@@ -128,12 +128,11 @@ class Attention(nn.Module):
         self.k_norm = make_norm(cfg.norm, cfg.head_width) if cfg.qk_norm else None
 
     def forward(self, x: Tensor, mask: Mask, context: Tensor | None = None) -> Tensor:
-        q, kv = self.q(x), self.kv(x if context is None else context)
+        q, (k, v) = self.q(x), self.kv(x if context is None else context).chunk(2, -1)
         if self.q_norm is not None:
-            k, v = kv.unflatten(1, (2, self.heads, -1)).unbind(1)
             q = self.q_norm(q.unflatten(1, (self.heads, -1))).flatten(1).to(v.dtype)
-            kv = torch.stack([self.k_norm(k).to(v.dtype), v], 1).flatten(1)
-        return self.out(attend(q, kv, self.heads, mask, self.backend))
+            k = self.k_norm(k.unflatten(1, (self.heads, -1))).flatten(1).to(v.dtype)
+        return self.out(attend(q, k, v, self.heads, mask, self.backend))
 
 
 class Block(nn.Module):

@@ -27,8 +27,8 @@ from nano4m_cli.registry import MODALITIES
 from nano4m_cli.rng import permutation, torch_seed
 from nano4m_cli.tokenizers.fsq_mel import Tokenizer as Mel
 
-VERSION = 4
-SAMPLES, STEPS, BATCH = {"rgb": 12_000, "audio": 8_000}, {"rgb": 320, "audio": 180}, 64
+VERSION = 5
+SAMPLES, STEPS, BATCH = {"rgb": 10_000, "audio": 3_000}, {"rgb": 280, "audio": 100}, 64
 STRIDE = {"audio": (3, 4)}  # log-mel frames x bands; pictures: (2, 2)
 
 

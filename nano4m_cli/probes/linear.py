@@ -59,11 +59,11 @@ def features(context: Context, source: str) -> list[np.ndarray]:
     return [np.concatenate([p[i] for p in parts]) for i in range(len(parts[0]))]
 
 
-def ridge_classifier(x: np.ndarray, y: np.ndarray, z: np.ndarray, classes: int) -> np.ndarray:
+def ridge_classifier(x: np.ndarray, y: np.ndarray, z: np.ndarray, classes: int, penalty: float = RIDGE) -> np.ndarray:
     """Return the guessed class (len(z),) of a ridge regression to one-hot targets on standardised features."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, z = (x - mean) / std, (z - mean) / std
     target = np.eye(classes)[y]
     offset = target.mean(0)
-    weight = np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ (target - offset))
+    weight = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ (target - offset))
     return (z @ weight + offset).argmax(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from nano4m_cli.probes._base import Probe as Base
@@ -32,11 +34,13 @@ class Probe(Base):
                 best = best_rank(s, relevant)
                 for k in (1, 5):
                     chance = float(chance_at(relevant, k).mean())
-                    metrics.append(mean_metric(f"{name}/{kind}r{k}", best <= k, chance=chance))
+                    best_possible = ceiling_at(context, source, target, len(score), k)
+                    metrics.append(mean_metric(f"{name}/{kind}r{k}", best <= k, chance=chance, ceiling=best_possible))
         what = "the sample itself" if context.info.pairing == "instance" else "any candidate of the same class"
         return metrics, [
             f"gallery: the first {min(GALLERY, context.n)} samples ({min(TEXT_GALLERY, context.n)} where text is ranked); "
             f"right is {what}; ties count against the model; r1, r5 by PMI, likelihood_r1, likelihood_r5 by likelihood",
+            "ceiling: where source and target share labelled attributes only, samples alike in them cannot be told apart",
             "grids and codes are scored in one pass, slot by slot independent given the source",
         ]
 
@@ -80,3 +84,17 @@ def chance_at(relevant: np.ndarray, k: int) -> np.ndarray:
     for i in range(min(k, n)):
         miss *= np.clip(n - r - i, 0, None) / (n - i)
     return 1 - miss
+
+
+def ceiling_at(context: Context, source: str, target: str, n: int, k: int) -> float | None:
+    """Return the best possible R@k among the first n samples, where source and target share labelled attributes only.
+
+    Among m samples alike in every attribute that both determine, the right one is found in k tries with min(1, k / m).
+    """
+    info = context.info
+    if info.pairing != "instance" or not {source, target} & set(info.through_labels):
+        return None
+    shared = [a for a in info.determined.get(source, []) if a in info.determined.get(target, [])]
+    kinds = [tuple(tuple(thing[a] for a in shared) for thing in label["objects"]) for label in context.labels[:n]]
+    alike = Counter(kinds)
+    return float(np.mean([min(1.0, k / alike[kind]) for kind in kinds]))

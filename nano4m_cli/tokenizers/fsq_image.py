@@ -48,7 +48,7 @@ class Tokenizer(GradientTokenizer):
             return v
 
     name = "fsq_image"
-    train = {"steps": 700, "batch": 64, "lr": 3e-3, "optimizer": "muon", "muon_lr": 0.03, "warmup": 40}
+    train = {"steps": 450, "batch": 64, "lr": 3e-2, "optimizer": "muon", "muon_lr": 0.04, "warmup": 40}
 
     def __init__(self, modality: str, options: Config, size: dict[str, Any]):
         super().__init__(modality, options, size)

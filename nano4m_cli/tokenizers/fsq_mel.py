@@ -42,11 +42,11 @@ class Tokenizer(GradientTokenizer):
         emphasis: float = 1.0
         encoder_mixing: bool = False
         griffin_lim: int = 16
-        fit_samples: int = 8_000
+        fit_samples: int = 4_000
         fit_steps: int | None = None
 
     name = "fsq_mel"
-    train = {"steps": 500, "batch": 64, "lr": 3e-3, "optimizer": "muon", "muon_lr": 0.03, "warmup": 40}
+    train = {"steps": 400, "batch": 64, "lr": 3e-3, "optimizer": "muon", "muon_lr": 0.03, "warmup": 40}
 
     def __init__(self, modality: str, options: Config, size: dict[str, Any]):
         super().__init__(modality, options, size)

@@ -92,8 +92,8 @@ def default_training(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"log_every": 100, "val_every": steps, "checkpoint_every": steps, **tokenizer.train, "steps": steps}
 
 
-def tokenizer_for(dataset: DatasetFolder, modality: str, overrides: Sequence[str], callback=None) -> tuple[Tokenizer, bool]:
-    """Return (the data set's tokenizer of a modality, whether it was fitted now).
+def tokenizer_for(dataset: DatasetFolder, modality: str, overrides: Sequence[str], callback=None) -> Tokenizer:
+    """Return the data set's tokenizer of a modality, fitting it where there is none yet.
 
     Overrides are "option=value" of the tokenizer (and "name=..."); where a fitted one was made with others, a
     ConfigError says so, since its tokens may be in use.
@@ -109,13 +109,13 @@ def tokenizer_for(dataset: DatasetFolder, modality: str, overrides: Sequence[str
                 f"{modality} of '{dataset.name}' has a tokenizer already, with other options",
                 f"delete {folder} and {dataset.tokens(modality)} to fit a new one",
             )
-        return there, False
+        return there
     if fresh.fitted:
         fit_tokenizer(dataset, fresh, callback=callback)
     else:
         with atomic_folder(folder) as aside:
             save_tokenizer(fresh, aside)
-    return open_tokenizer(folder), fresh.fitted
+    return open_tokenizer(folder)
 
 
 def fit_missing(
@@ -165,7 +165,6 @@ class TokenizeReport:
 
     modality: str
     spec: TokenSpec
-    fitted: bool
     made: int
     kept: int
     samples: int
@@ -177,7 +176,7 @@ def tokenize(
 ) -> TokenizeReport:
     """Make the token shards of a modality for every split; whole shards made by the same tokenizer are kept."""
     progress = progress or (lambda what, done, total: None)
-    tokenizer, fitted = tokenizer_for(dataset, modality, overrides, callback)
+    tokenizer = tokenizer_for(dataset, modality, overrides, callback)
     spec, path = tokenizer.spec(), dataset.spec_path(modality)
     if path.is_file():
         before = read_spec(path)
@@ -207,7 +206,7 @@ def tokenize(
     for n in _run_jobs(dataset.tokenizer(modality), modality, jobs, workers or usable_cores()):
         done += n
         progress(modality, done, samples)
-    return TokenizeReport(modality, spec, fitted, done - kept, kept, samples)
+    return TokenizeReport(modality, spec, done - kept, kept, samples)
 
 
 def _fits(target: Path, raw: Path) -> bool:

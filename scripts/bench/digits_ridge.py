@@ -17,6 +17,7 @@ from nano4m_cli.data.shards import Split
 from nano4m_cli.data.workspace import Workspace
 from nano4m_cli.media_compat import ensure_torchaudio
 from nano4m_cli.probes._result import mean_metric
+from nano4m_cli.probes.linear import ridge_classifier
 from nano4m_cli.registry import MODALITIES
 
 RATE, STRETCHES, BANDS = 24_000, 8, 40
@@ -47,17 +48,11 @@ def read(dataset, split: str, bank: torch.Tensor) -> tuple[np.ndarray, np.ndarra
 
 def ridge(train, val, test) -> np.ndarray:
     """Return whether each test recording is named right (N,), with the penalty that does best on val."""
-    (x, y), mean, std = train, train[0].mean(0), train[0].std(0) + 1e-6
 
-    def ready(f: np.ndarray) -> np.ndarray:
-        return np.concatenate([(f - mean) / std, np.ones((len(f), 1))], 1)
+    def right(part, penalty: float) -> np.ndarray:
+        return ridge_classifier(*train, part[0], 10, penalty) == part[1]
 
-    def right(weight: np.ndarray, part) -> np.ndarray:
-        return (ready(part[0]) @ weight).argmax(1) == part[1]
-
-    gram, target = ready(x).T @ ready(x), ready(x).T @ np.eye(10)[y]
-    fits = [np.linalg.solve(gram + penalty * np.eye(len(gram)), target) for penalty in 10.0 ** np.arange(-1, 5)]
-    return right(max(fits, key=lambda w: right(w, val).mean()), test)
+    return right(test, max(10.0 ** np.arange(-1, 5), key=lambda penalty: right(val, penalty).mean()))
 
 
 def main() -> None:

@@ -128,10 +128,10 @@ def _shade_body(grid: Grid, traced: Traced, body: Body, others: list[Body], ligh
     rx, ry, rz = facing * nx - vx, facing * ny - vy, facing * nz - vz  # the mirrored view
     sky = F32(0.30) + np.clip(ry * F32(2.5) + F32(0.5), 0, 1) * (F32(0.85) - F32(0.5) * np.maximum(ry, 0))
     shine = np.maximum(rx * lx + ry * ly + rz * lz, 0)
-    gain, floor = (2.6, 1.5) if body.shape == "sphere" else (3.6, 1.4)  # bulged faces catch less of a narrow highlight
+    gain, floor = (2.8, 1.5) if body.shape == "sphere" else (4.2, 1.3)  # bulged faces catch less of a narrow highlight
     shine = np.clip(shine * shine * F32(gain) - F32(floor), 0, 1) * (diffuse > 0)
-    base = F32(0.06) + F32(0.25) * (ambient + diffuse) + F32(0.45) * sky
-    coat = F32(0.42) * np.maximum(sky - F32(0.35), 0) + shine  # a polished coat mirrors the sky without the tint
+    base = F32(0.05) + F32(0.20) * (ambient + diffuse) + F32(0.45) * sky
+    coat = F32(0.66) * np.maximum(sky - F32(0.35), 0) + shine  # a polished coat mirrors the sky without the tint
     return base[:, None] * albedo + coat[:, None]
 
 
