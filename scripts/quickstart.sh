@@ -6,7 +6,7 @@
 begin=$SECONDS
 stage() { echo; echo "== $* ($((SECONDS - begin)) s)"; }
 
-stage "fetch: 15,200 rendered scenes with sound and captions"
+stage "fetch: 14,000 rendered scenes with sound and captions"
 nano4m fetch scenes
 stage "tokenize: fit five tokenizers, encode every sample"
 nano4m tokenize

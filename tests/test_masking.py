@@ -268,6 +268,15 @@ def test_max_target_cuts_what_is_asked():
     assert (asked[:, 3] == np.minimum(9, 30 - shown[:, 3])).all() and asked[:, 3].max() == 9
 
 
+def test_extra_may_be_asked_with_a_probability_each():
+    length = np.tile([6, 10, 8, 5], (20_000, 1))
+    shown, asked = directed(known=0.0, target={"a": 1}, source={"b": 1}, extra={"c": 0.25, "d": 1.0}).counts(length, key(20_000))
+    assert set(np.unique(asked[:, 2])) == {0, 8} and (asked[:, 3] == 5).all() and (shown[:, 1] == 10).all()
+    assert (asked[:, 2] == 8).mean() == pytest.approx(0.25, abs=0.012)  # four standard errors
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        directed(extra={"c": 1.5})
+
+
 def test_extra_is_asked_whole_unless_shown():
     length = np.tile(LENGTH, (5000, 1))
     shown, asked = directed(known=0.5, extra=["c"], max_target=1000).counts(length, key(5000))

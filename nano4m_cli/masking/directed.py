@@ -20,7 +20,8 @@ class Component(Base):
     class Options(Config):
         """source, target: weight of each modality (empty: equal). sources: probability of 1, 2, ... sources.
         known: probability that part of the target is shown, for all targets or per modality (those not named: 0.5).
-        extra: modalities that are always asked as well, whole, unless shown. max_target: most slots asked of the target.
+        extra: modalities that are asked as well, whole, unless shown: always, or with a probability each. max_target: most
+        slots asked of the target.
         """
 
         weight: float = 1.0
@@ -28,7 +29,7 @@ class Component(Base):
         target: dict[str, float] = {}
         sources: list[float] = [1.0]
         known: float | dict[str, float] = 0.5
-        extra: list[str] = []
+        extra: list[str] | dict[str, float] = []
         drop: float = 0.0
         max_target: int = 256
 
@@ -39,9 +40,11 @@ class Component(Base):
                 raise ValueError("at least one slot must be asked")
             return v
 
-        @field_validator("known", "drop")
+        @field_validator("known", "drop", "extra")
         @classmethod
         def _probability(cls, v):
+            if isinstance(v, list):
+                return v
             if not all(0 <= p <= 1 for p in (v.values() if isinstance(v, dict) else [v])):
                 raise ValueError("a probability lies between 0 and 1")
             return v
@@ -68,7 +71,8 @@ class Component(Base):
                 raise ConfigError(f"masking: modality '{given}' is not in this run", did_you_mean(given, names))
         self.source_M = np.array([options.source.get(n, 0.0) if options.source else 1.0 for n in names])
         self.target_M = np.array([options.target.get(n, 0.0) if options.target else 1.0 for n in names])
-        self.extra_M = np.array([n in options.extra for n in names])
+        extra = options.extra if isinstance(options.extra, dict) else dict.fromkeys(options.extra, 1.0)
+        self.extra_M = np.array([extra.get(n, 0.0) for n in names])
         self.known_M = np.array([known.get(n, 0.5) for n in names])
         self.cumulative = np.cumsum(options.sources) / sum(options.sources)
 
@@ -100,7 +104,8 @@ class Component(Base):
         known = np.where(draw("known") < self.known_M[target_B], part, 0)
         shown = np.where(is_source, length_BM, 0) + np.where(is_target, known[:, None], 0)
         asked = np.where(is_target, np.minimum(length_t - known, o.max_target)[:, None], 0)
-        asked = np.where(self.extra_M & ~is_source & ~is_target, length_BM, asked)
+        also = uniform(key.seed, key.stream + "/extra", *column) < self.extra_M
+        asked = np.where(also & ~is_source & ~is_target, length_BM, asked)
         return shown, asked
 
 

@@ -28,7 +28,7 @@ from nano4m_cli.rng import permutation, torch_seed
 from nano4m_cli.tokenizers.fsq_mel import Tokenizer as Mel
 
 VERSION = 5
-SAMPLES, STEPS, BATCH = {"rgb": 10_000, "audio": 3_000}, {"rgb": 280, "audio": 100}, 64
+SAMPLES, STEPS, BATCH = {"rgb": 8_000, "audio": 3_000}, {"rgb": 250, "audio": 80}, 64
 STRIDE = {"audio": (3, 4)}  # log-mel frames x bands; pictures: (2, 2)
 
 

@@ -46,7 +46,7 @@ class Tokenizer(GradientTokenizer):
         fit_steps: int | None = None
 
     name = "fsq_mel"
-    train = {"steps": 400, "batch": 64, "lr": 3e-3, "optimizer": "muon", "muon_lr": 0.03, "warmup": 40}
+    train = {"steps": 280, "batch": 64, "lr": 3e-3, "optimizer": "muon", "muon_lr": 0.03, "warmup": 40}
 
     def __init__(self, modality: str, options: Config, size: dict[str, Any]):
         super().__init__(modality, options, size)

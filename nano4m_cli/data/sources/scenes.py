@@ -99,16 +99,16 @@ class Source(BaseSource):
         """
 
         name: str = Field("scenes", pattern=r"^[A-Za-z0-9_-]+$")
-        seed: int = Field(2, ge=0)
+        seed: int = Field(3, ge=0)
         size: int = Field(32, ge=8, le=1024)
         supersample: int = Field(2, ge=1, le=8)
         seconds: float = Field(1.0, ge=0.3, le=60.0)
         min_objects: int = Field(1, ge=1, le=MOST)
         max_objects: int = Field(2, ge=1, le=MOST)
-        train: int = Field(14_000, ge=0)
+        train: int = Field(13_000, ge=0)
         val: int = Field(400, ge=0)
-        test: int = Field(400, ge=0)
-        test_novel: int = Field(400, ge=0)
+        test: int = Field(300, ge=0)
+        test_novel: int = Field(300, ge=0)
         judge: int | None = Field(None, ge=0)
         shard_size: int = Field(1000, ge=1)
 
