@@ -261,6 +261,15 @@ def test_ceilings_equal_enumeration_and_counting():
                 same = [w[attribute] for w in worlds if tuple(w[k] for k in known) == cue]
                 right += max(same.count(v) for v in same)
             assert info.ceilings[modality][attribute] == pytest.approx(right / len(worlds))
+    told = {"depth": {"colour": 0.2, "material": 0.6}, "normal": {"colour": 0.2, "material": 0.6}, "audio": {"colour": 0.2}}
+    assert info.told_ceilings == {m: pytest.approx(of) for m, of in told.items()}
+    for attribute in ("colour", "material"):  # whoever knows all other attributes guesses the commonest of what is left
+        others = [a for a in info.attributes if a != attribute]
+        left = Counter((tuple(w[a] for a in others), w[attribute]) for w in worlds)
+        best = Counter()
+        for (cue, _), n in left.items():
+            best[cue] = max(best[cue], n)
+        assert sum(best.values()) / len(worlds) == pytest.approx(told["depth"][attribute])
     drawn = triples("train", 4000)
     best = Counter()
     for s, c, m, z in drawn:

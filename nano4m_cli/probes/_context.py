@@ -131,15 +131,16 @@ class Context:
                     counts[a][thing[a]] += 1
         return {a: c.most_common(1)[0][0] for a, c in counts.items()}
 
-    def baselines(self, source: Sequence[str], attribute: str) -> dict[str, float | None]:
-        """Return chance, majority and ceiling of an attribute's accuracy given the sources."""
+    def baselines(self, source: Sequence[str], attribute: str, told: bool = False) -> dict[str, float | None]:
+        """Return chance, majority and ceiling of an attribute's accuracy given the sources (told: and the object's others)."""
         truth = [v for values in self.values(attribute) for v in values]
         majority = sum(v == self.majority[attribute] for v in truth) / max(len(truth), 1)
         ceiling: float | None = None
         if any(attribute in self.info.determined.get(s, []) for s in source):
             ceiling = 1.0
         elif not self.split.endswith("novel"):
-            known = [self.info.ceilings[s][attribute] for s in source if attribute in self.info.ceilings.get(s, {})]
+            ceilings = (self.info.told_ceilings if told else {}) or self.info.ceilings
+            known = [ceilings[s][attribute] for s in source if attribute in ceilings.get(s, {})]
             ceiling = max(known) if len(known) == len(source) and len(source) == 1 else None
         return {"chance": 1.0 / len(self.attributes[attribute]), "majority": majority, "ceiling": ceiling}
 

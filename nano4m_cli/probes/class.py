@@ -34,10 +34,12 @@ class Probe(Base):
                 if asked[attribute].sum():
                     value = right[attribute] / np.maximum(asked[attribute], 1)
                     name = f"{context.direction([source], 'caption')}/{attribute}_acc"
-                    metrics.append(mean_metric(name, value, asked[attribute], **context.baselines([source], attribute)))
+                    baselines = context.baselines([source], attribute, told=True)
+                    metrics.append(mean_metric(name, value, asked[attribute], **baselines))
         return metrics, [
             "each attribute word of the true caption is replaced by every alternative of the same wording; the other "
-            "words stay as they are; scores are mean log-likelihood per token of the full caption",
+            "words stay as they are, so they may tell (ceilings count that); scores are mean log-likelihood per token of the "
+            "full caption",
         ]
 
 

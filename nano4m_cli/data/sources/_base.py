@@ -35,6 +35,7 @@ class DatasetInfo(Config):
         max_objects: objects per sample at most.
         determined: per modality, the attributes that it determines exactly.
         ceilings: best possible accuracy of an attribute a modality does not determine, e.g. {"audio": {"colour": .2}}.
+        told_ceilings: the same where every other attribute of the object is told as well (empty: no different).
         through_labels: modalities that say nothing of the others beyond the attributes they determine.
         pairing: "instance" (modalities of a sample show the same thing) or "class" (paired by label only).
         notes: licence and anything a reader must know.
@@ -53,6 +54,7 @@ class DatasetInfo(Config):
     max_objects: int = 1
     determined: dict[str, list[str]] = {}
     ceilings: dict[str, dict[str, float]] = {}
+    told_ceilings: dict[str, dict[str, float]] = {}
     through_labels: list[str] = []
     pairing: Literal["instance", "class"] = "instance"
     notes: str = ""
