@@ -27,8 +27,8 @@ from nano4m_cli.registry import MODALITIES
 from nano4m_cli.rng import permutation, torch_seed
 from nano4m_cli.tokenizers.fsq_mel import Tokenizer as Mel
 
-VERSION = 5
-SAMPLES, STEPS, BATCH = {"rgb": 8_000, "audio": 3_000}, {"rgb": 250, "audio": 80}, 64
+VERSION = 6
+STEPS, BATCH, SAMPLES_PER_STEP = {"rgb": 250, "audio": 80}, 64, 40
 STRIDE = {"audio": (3, 4)}  # log-mel frames x bands; pictures: (2, 2)
 
 
@@ -90,10 +90,11 @@ class Judge:
                 at += len(values)
         return parts
 
-    def fit(self, raws: Sequence[Any], labels: Sequence[dict], seed: int, progress: Callable[[int, int], None]) -> None:
+    def fit(
+        self, raws: Sequence[Any], labels: Sequence[dict], steps: int, seed: int, progress: Callable[[int, int], None]
+    ) -> None:
         """Train on real samples; objects that a sample lacks do not count."""
         torch.manual_seed(torch_seed(seed, "judge"))
-        steps = STEPS[self.modality]
         x = self._inputs(raws)
         self.net = self.new_net(x.shape[1])
         y = {a: torch.full((len(raws), self.objects), -100) for a in self.attributes}
@@ -163,12 +164,13 @@ def open_judge(dataset: DatasetFolder, modality: str, progress: Callable[[str, i
         judge.net.load_state_dict(state)
         judge.net.eval()
         return judge
-    special = min(info.judge, SAMPLES[modality] // 6)  # as often as among all combinations
-    values, labels = _real(dataset, modality, "train", SAMPLES[modality] - special)
+    steps = info.judge_steps.get(modality, STEPS[modality])
+    special = min(info.judge, steps * SAMPLES_PER_STEP // 6)  # as often as among all combinations
+    values, labels = _real(dataset, modality, "train", steps * SAMPLES_PER_STEP - special)
     if special:
         more = _real(dataset, modality, "judge", special)
         values, labels = values + more[0], labels + more[1]
-    judge.fit(values, labels, 0, lambda done, total: progress(f"judge of {modality}", done, total))
+    judge.fit(values, labels, steps, 0, lambda done, total: progress(f"judge of {modality}", done, total))
     with atomic_folder(folder) as aside:
         save_file({k: v.contiguous() for k, v in judge.net.state_dict().items()}, aside / "model.safetensors")
         (aside / "judge.json").write_text(json.dumps(meta))

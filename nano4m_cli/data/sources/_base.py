@@ -31,6 +31,7 @@ class DatasetInfo(Config):
         sizes: per modality, what tokenizers need to know, e.g. {"rgb": {"size": [32, 32]}, "audio": {"seconds": 1.0}}.
         tokenizers: per modality, options for its tokenizer that suit this data (a modality's default name applies
             unless "name" is given).
+        judge_steps: per modality, how long its judge is trained (not named: the usual, which suits `scenes`).
         attributes: label schema, per object.
         max_objects: objects per sample at most.
         determined: per modality, the attributes that it determines exactly.
@@ -50,6 +51,7 @@ class DatasetInfo(Config):
     judge: int = 0
     sizes: dict[str, dict[str, Any]] = {}
     tokenizers: dict[str, dict[str, Any]] = {}
+    judge_steps: dict[str, int] = {}
     attributes: dict[str, Attribute] = {}
     max_objects: int = 1
     determined: dict[str, list[str]] = {}

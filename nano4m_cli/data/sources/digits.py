@@ -139,7 +139,10 @@ class Source(_base.Source):
             modalities=["rgb", "audio", "caption"],
             splits={split: len(pairs) for split, pairs in chosen.items()},
             sizes={"rgb": {"size": [28, 28]}, "audio": {"seconds": SECONDS, "rate": RATE}},
-            tokenizers={"rgb": {"patch": 7}, "audio": {"high_hz": 4000.0, "mels": 48}},
+            tokenizers={
+                "rgb": {"patch": 7}, "audio": {"high_hz": 4000.0, "mels": 48, "fit_samples": 8_000, "fit_steps": 500},
+            },  # voices are harder than notes
+            judge_steps={"rgb": 320, "audio": 180},
             attributes={
                 name: Attribute(values=list(surfaces), surfaces=surfaces) for name, surfaces in SURFACES.items()
             },
