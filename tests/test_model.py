@@ -610,3 +610,25 @@ def test_eight_samples_can_be_learned_by_heart(layout, sample):
         for index, logits in zip(packed.group_index, model(packed), strict=True):
             if index is not None:
                 assert (logits.argmax(-1) == packed.dec_ids[index]).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "learned", "registers": 2, "attention": "loop"}, {"attention": "sdpa"}])
+def test_gradients_are_the_same_bits_however_threads_race(layout, sample, options):
+    """Plain indexing of a parameter adds its gradient in an order that changes from run to run."""
+    torch.manual_seed(0)
+    model = FourM(FourMConfig(size="d1-1w64", head_width=32, **options), layout)
+    ids, _, shown, asked = sample(128)
+    batch = pack(layout, ids, shown, asked, model.config.registers)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        seen = []
+        for _ in range(6):
+            model.zero_grad()
+            model.nll(batch).sum().backward()
+            seen.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    finally:
+        torch.set_num_threads(threads)
+    assert len(seen[0]) > 20 and all(float(g.abs().max()) > 0 for n, g in seen[0].items() if "key" not in n)
+    for other in seen[1:]:
+        assert [n for n in seen[0] if not torch.equal(seen[0][n], other[n])] == []

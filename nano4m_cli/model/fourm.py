@@ -70,7 +70,11 @@ class FourMConfig(Config):
 
 
 class FourM(nn.Module):
-    """Args: the config, and the layout of the modalities it serves."""
+    """Args: the config, and the layout of the modalities it serves.
+
+    Rows of parameters are taken by `F.embedding`: the gradient of plain indexing adds in an order that changes from
+    run to run where several threads share it.
+    """
 
     def __init__(self, config: FourMConfig, layout: Layout):
         super().__init__()
@@ -104,7 +108,7 @@ class FourM(nn.Module):
         """Return the encoder's input (Te, D)."""
         col = batch.enc_col.clamp_min(0)
         x = self.embed(self.vocab_C[col] + batch.enc_ids)
-        x = x + self.enc_modality[self.modality_C[col]] + self.position[col]
+        x = x + F.embedding(self.modality_C[col], self.enc_modality) + F.embedding(col, self.position)
         if self.config.registers:
             at = (batch.enc_col < 0).nonzero().squeeze(1)
             tokens = self.register_tokens.repeat(batch.samples, 1)
@@ -127,13 +131,13 @@ class FourM(nn.Module):
         """Return the decoder's output (Td, D) for what is asked, given the encoder's."""
         context = self.context(encoded)
         modality = self.modality_C[batch.dec_col]
-        y = self.dec_modality[modality] + self.position[batch.dec_col]
+        y = F.embedding(modality, self.dec_modality) + F.embedding(batch.dec_col, self.position)
         text = self.sequence_C[batch.dec_col]
         if bool(text.any()):
             at = text.nonzero().squeeze(1)
             prev = batch.dec_prev[at]
             rows = (self.vocab_C[batch.dec_col[at]] + prev).clamp_min(0)
-            told = torch.where((prev >= 0)[:, None], self.embed(rows), self.begin[modality[at]])
+            told = torch.where((prev >= 0)[:, None], self.embed(rows), F.embedding(modality[at], self.begin))
             y = y.index_add(0, at, told.to(y.dtype))
         own = Mask(batch.dec_self, batch.dec_self, causal=batch.dec_causal)
         cross = Mask(batch.dec, batch.enc, k_row=batch.dec_context)
