@@ -376,6 +376,22 @@ def test_tokenizer_decodes_to_the_raw_form(name, modality):
         assert np.allclose(np.linalg.norm(back, axis=-1), 1, atol=1e-4)
 
 
+@pytest.mark.parametrize("name, modality", PAIRS)
+def test_code_values_decode_as_their_ids_do_and_between_them(name, modality):
+    tokenizer, raws = fitted(name, modality), [example(modality, s) for s in range(4)]
+    spec, ids = tokenizer.spec(), tokenizer.encode(raws)
+    if not spec.levels:
+        with pytest.raises(AssertionError, match="stand for no values"):
+            tokenizer.decode_values(np.zeros((1, 1, 1), np.float32))
+        return
+    values = FSQ(spec.levels).decode(torch.from_numpy(np.stack(ids).astype(np.int64))).numpy()
+    assert values.shape == (4, spec.slots, len(spec.levels)) and values.std() > 0.1
+    back, wanted = tokenizer.decode_values(values), tokenizer.decode(ids)
+    assert all(np.array_equal(a, b) for a, b in zip(back, wanted, strict=True))
+    half = tokenizer.decode_values((values[:1] + values[1:2]) / 2)[0]
+    assert half.shape == back[0].shape and not np.array_equal(half, back[0]) and not np.array_equal(half, back[1])
+
+
 def test_mel_bands_are_inverted_to_power_that_has_these_bands():
     """Non-negative, near the bands asked for, and far nearer than the clipped pseudo-inverse alone."""
     tokenizer = fitted("fsq_mel", "audio")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nano4m_cli.config import build
-from nano4m_cli.errors import ConfigError
+from nano4m_cli.errors import ConfigError, UsageError
 from nano4m_cli.generate.choose import counts, draw, filter_logits
 from nano4m_cli.generate.sampler import GUIDANCE, GenerateOptions, State, chain, fill, group_logits, resolve
 from nano4m_cli.model.batch import pack
@@ -253,6 +253,58 @@ def test_onepass_at_temperature_zero_is_the_argmax(model, layout, sample):
         asked[0, here] = ~known[i, here]
         for c, row in one_logits(model, ids[i : i + 1], known[i : i + 1], asked).items():
             assert state.ids_BC[i, c] == int(row.argmax())
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_mean_is_the_expected_value_of_the_codes(model, layout, sample, guidance):
+    """Against one request and one slot at a time; what was known keeps the values of its ids."""
+    state = start(layout, sample, 5, ["txt", "vid"], part={"pic": 4})
+    ids, known = np.where(state.known_BC, state.ids_BC, 0), state.known_BC.copy()
+    chain(model, state, ["pic"], GenerateOptions(scheme="mean", guidance=guidance), batch=2)
+    here, digits = layout.slice("pic"), [(v % 4, v // 4) for v in range(12)]
+    value = torch.tensor([[(a - 2) / 2, float(b - 1)] for a, b in digits])  # FSQ of levels (4, 3), written out
+    assert state.known_BC[:, here].all() and state.values["pic"].shape == (5, 12, 2)
+    for i in range(5):
+        asked, bare = np.zeros_like(known[i : i + 1]), np.zeros_like(known[i : i + 1])
+        asked[0, here], bare[0, here] = ~known[i, here], known[i, here]
+        given = one_logits(model, ids[i : i + 1], known[i : i + 1], asked)
+        alone = one_logits(model, ids[i : i + 1], bare, asked)
+        assert len(given) == 8
+        for c in range(here.start, here.stop):
+            got = torch.from_numpy(state.values["pic"][i, c - here.start])
+            if c in given:
+                logits = alone[c] + guidance * (given[c] - alone[c])
+                assert torch.allclose(got, (logits.softmax(-1)[:, None] * value).sum(0), atol=1e-5)
+                assert state.ids_BC[i, c] == int(logits.argmax())
+            else:
+                assert torch.equal(got, value[ids[i, c]])
+
+
+def test_mean_needs_codes_that_stand_for_numbers_and_leaves_text_to_ar(model, layout, sample):
+    with pytest.raises(UsageError, match="those of snd do not"):
+        fill(model, start(layout, sample, 1, ["txt"]), "snd", GenerateOptions(scheme="mean"))
+    texts = []
+    for scheme in ("mean", "auto"):
+        state = start(layout, sample, 3, ["pic"])
+        fill(model, state, "txt", GenerateOptions(scheme=scheme))
+        texts.append(np.where(state.known_BC, state.ids_BC, 0)[:, layout.slice("txt")])
+    assert np.array_equal(*texts) and not state.values
+
+
+def test_state_decodes_values_where_it_has_them(layout, sample):
+    class Echo:
+        def decode(self, ids):
+            return [("ids", tuple(i)) for i in ids]
+
+        def decode_values(self, values):
+            return [("values", v.shape, float(v[0, 0])) for v in values]
+
+    state = start(layout, sample, 5, ["pic", "txt"])
+    assert [kind for kind, _ in state.decode(layout, "pic", Echo(), 2)] == ["ids"] * 5
+    lengths = [len(ids) for _, ids in state.decode(layout, "txt", Echo())]
+    assert lengths == state.known_BC[:, layout.slice("txt")].sum(1).tolist()
+    state.values["pic"] = np.arange(5.0)[:, None, None] * np.ones((5, 12, 2))
+    assert state.decode(layout, "pic", Echo(), 2) == [("values", (12, 2), float(i)) for i in range(5)]
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])

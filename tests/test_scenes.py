@@ -311,8 +311,8 @@ def test_fields_mark_words_that_can_be_exchanged(split):
 
 def test_captions_vary_and_hold_the_plain_form():
     o = Source.Options()
-    said = Counter(draw(o, "train", i).caption for i in range(3000))
-    assert said["a large red metal sphere"] > 2
+    said = Counter(draw(o, "train", i).caption for i in range(6000))
+    assert said["a large red metal sphere"] > 5
     assert compose([dict(shape="sphere", colour="red", size="large", material="metal")], 0, [(0, 0)])[0] in said
     words = {w.strip(",") for c in said for w in c.split()}
     assert {"big", "little", "shiny", "matte", "left", "and"} <= words and len(words) < 40

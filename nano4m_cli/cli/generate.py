@@ -27,7 +27,7 @@ def command(
     n: Annotated[int, typer.Option("--n", "-n", min=1, metavar="N", help="How many.")] = 1,
     seed: Annotated[int | None, typer.Option("--seed", metavar="S", help="Same seed, same media.")] = None,
     scheme: Annotated[
-        str | None, typer.Option("--scheme", metavar="S", help="auto, roar, maskgit, ar or onepass.")
+        str | None, typer.Option("--scheme", metavar="S", help="auto, roar, maskgit, ar, onepass or mean.")
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Model calls per modality.")] = None,
     temperature: Annotated[
@@ -49,7 +49,7 @@ def command(
     \b
     nano4m generate --from caption="a large red metal sphere" --to rgb,audio
     nano4m generate --from rgb=photo.png --to caption -n 4
-    nano4m generate --sample test-00000007 --from depth --to rgb
+    nano4m generate --sample test-000000007 --from depth --to rgb
 
     --json: {run, out, files: [path], texts: [{modality, text}], notices: [text]}.
     """

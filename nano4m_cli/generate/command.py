@@ -132,12 +132,12 @@ def generate_files(
 def _write(run, report: GenerateReport, state: State, raws, truth, targets, tokenizers, n: int) -> None:
     """Write every output, its ids, and a sheet of condition | output | truth."""
     report.out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, made = [], {name: state.decode(run.layout, name, tokenizers[name]) for name in targets}
     for row in range(n):
         cells: list[Any] = [MODALITIES.get(m).show(raw) for m, raw in raws.items()]
         for name in targets:
             kind, ids = MODALITIES.get(name), take(run, state, row, name)
-            raw = tokenizers[name].decode([ids])[0]
+            raw = made[name][row]
             stem = report.out / (f"{row:03d}-{name}" if n > 1 else name)
             path = stem.with_suffix(kind.suffix)
             kind.write_file(raw, path)

@@ -5,9 +5,9 @@ Every draw is a function of (seed, request, slot), so a request gives the same s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,19 +15,25 @@ from pydantic import Field
 from torch import Tensor
 
 from nano4m_cli.config import Config
+from nano4m_cli.errors import UsageError
 from nano4m_cli.generate.choose import counts, draw, filter_logits
 from nano4m_cli.masking._mixture import IN_DISTRIBUTION
 from nano4m_cli.model.batch import Packed, pack
 from nano4m_cli.model.fourm import FourM
 from nano4m_cli.rng import uniform
+from nano4m_cli.spec import Layout
+from nano4m_cli.tokenizers._base import Tokenizer
+from nano4m_cli.tokenizers._fsq import FSQ
 
 GUIDANCE = 2.5  # chosen on the val split of scenes: scripts/bench/guidance.py
-Scheme = Literal["auto", "roar", "maskgit", "ar", "onepass"]
+Scheme = Literal["auto", "roar", "maskgit", "ar", "onepass", "mean"]
 
 
 class GenerateOptions(Config):
     """scheme: roar (random order), maskgit (most confident first), ar (left to right), onepass (all at once); auto is
     roar for grids and codes. Text is always ar. Order of filters: temperature, top-k, top-p; temperature 0 is greedy.
+    mean: an estimate instead of a sample, for what the condition determines (depth and normals of a picture): each slot
+    is decoded from the expected value of its code, its id is the likeliest; temperature and filters do not matter.
 
     guidance: scale s of classifier-free guidance of grids and codes (Ho and Salimans 2022, arXiv:2207.12598): logits
     are u + s (c - u), where c sees all that is known and u only the target's own known slots. 1: none, and half the
@@ -61,14 +67,30 @@ def resolve(options: GenerateOptions, targets: Sequence[str], model: FourM, pose
 
 @dataclass
 class State:
-    """Requests under way: ids (B, C) and which of them are known (B, C); request_B numbers them for the draws."""
+    """Requests under way: ids (B, C) and which of them are known (B, C); request_B numbers them for the draws.
+
+    values: per modality filled by scheme "mean", the expected code values (B, slots, levels).
+    """
 
     ids_BC: np.ndarray
     known_BC: np.ndarray
     request_B: np.ndarray
+    values: dict[str, np.ndarray] = field(default_factory=dict)
 
     def rows(self, index: np.ndarray) -> State:
-        return State(self.ids_BC[index], self.known_BC[index], self.request_B[index])
+        values = {t: v[index] for t, v in self.values.items()}
+        return State(self.ids_BC[index], self.known_BC[index], self.request_B[index], values)
+
+    def decode(self, layout: Layout, target: str, tokenizer: Tokenizer, batch: int = 128) -> list[Any]:
+        """Return the raw values of a filled modality."""
+        columns, out = layout.slice(target), []
+        for start in range(0, len(self.ids_BC), batch):
+            part = self.rows(np.arange(start, min(start + batch, len(self.ids_BC))))
+            if target in part.values:
+                out += tokenizer.decode_values(part.values[target])
+            else:
+                out += tokenizer.decode([i[k] for i, k in zip(part.ids_BC[:, columns], part.known_BC[:, columns], strict=True)])
+        return out
 
 
 def fill(model: FourM, state: State, target: str, options: GenerateOptions) -> None:
@@ -80,6 +102,8 @@ def fill(model: FourM, state: State, target: str, options: GenerateOptions) -> N
     with torch.inference_mode():
         if spec.kind == "sequence":
             _write_text(model, state, target, options)
+        elif options.scheme == "mean":
+            _estimate(model, state, target, options)
         else:
             _fill_slots(model, state, target, options)
 
@@ -92,6 +116,8 @@ def chain(model: FourM, state: State, targets: Sequence[str], options: GenerateO
         for target in targets:
             fill(model, part, target, options)
         state.ids_BC[index], state.known_BC[index] = part.ids_BC, part.known_BC
+        for target, values in part.values.items():
+            state.values.setdefault(target, np.zeros((len(state.ids_BC), *values.shape[1:]), np.float32))[index] = values
 
 
 def _fill_slots(model: FourM, state: State, target: str, o: GenerateOptions) -> None:
@@ -129,23 +155,49 @@ def _fill_slots(model: FourM, state: State, target: str, o: GenerateOptions) -> 
     assert state.known_BC[:, columns].all(), target
 
 
+def _estimate(model: FourM, state: State, target: str, o: GenerateOptions) -> None:
+    """Fill all unknown slots at once: the likeliest ids, and the mean over the distribution of what codes stand for."""
+    columns, spec = model.layout.slice(target), model.layout.specs[model.layout.names.index(target)]
+    if not spec.levels:
+        raise UsageError(f"scheme 'mean' needs codes that stand for numbers; those of {target} do not", "choose another --scheme")
+    value_VD = FSQ(spec.levels).decode(torch.arange(spec.vocab_size))
+    asked = ~state.known_BC[:, columns]
+    values = value_VD[torch.from_numpy(np.where(asked, 0, state.ids_BC[:, columns]))].numpy()
+    row, slot = np.nonzero(asked)
+    for at, logits in _logits(model, state, columns, asked, o):
+        values[row[at], slot[at]] = (logits.softmax(-1).cpu() @ value_VD).numpy()
+        state.ids_BC[row[at], columns.start + slot[at]] = logits.argmax(-1).cpu().numpy()
+    state.known_BC[:, columns] = True
+    state.values[target] = values
+
+
 def _ask(model: FourM, state: State, columns: slice, asked_BL: np.ndarray, target: str, o: GenerateOptions, step: int):
     """Return (row, slot, drawn id, the model's log-probability of it), numpy, for every asked slot."""
+    row, slot = np.nonzero(asked_BL)
+    ids, logp = np.zeros(len(row), dtype=np.int64), np.zeros(len(row))
+    u = uniform(o.seed, f"draw/{target}", state.request_B[row], slot, step)
+    for at, logits in _logits(model, state, columns, asked_BL, o):
+        drawn, _ = draw(filter_logits(logits, o.temperature, o.top_k, o.top_p), u[at])
+        # Confidence is the model's own, before temperature and filters.
+        score = logits.log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1)
+        ids[at], logp[at] = drawn.cpu().numpy(), score.cpu().numpy()
+    return row, slot, ids, logp
+
+
+def _logits(
+    model: FourM, state: State, columns: slice, asked_BL: np.ndarray, o: GenerateOptions
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Yield (which of the asked slots in row-major order (n,), their fp32 logits (n, V)), guidance applied."""
     layout = model.layout
     asked_BC = np.zeros(state.known_BC.shape, dtype=bool)
     asked_BC[:, columns] = asked_BL
-    row, col = np.nonzero(asked_BC)
     ids_BC, shown_BC = state.ids_BC, state.known_BC
     guided = o.guidance not in (None, 1.0)
     if guided:  # every request once more, with nothing but the target shown
         bare_BC = shown_BC & (np.arange(layout.columns) >= columns.start) & (np.arange(layout.columns) < columns.stop)
         ids_BC, shown_BC, asked_BC = np.tile(ids_BC, (2, 1)), np.concatenate([shown_BC, bare_BC]), np.tile(asked_BC, (2, 1))
     packed = pack(layout, ids_BC, shown_BC, asked_BC, model.config.registers).to(_device(model))
-    per_group = model(packed)
-    ids, logp = np.zeros(len(row), dtype=np.int64), np.zeros(len(row))
-    slot = col - columns.start
-    u = uniform(o.seed, f"draw/{target}", state.request_B[row], slot, step)
-    for index, logits in zip(packed.group_index, per_group, strict=True):
+    for index, logits in zip(packed.group_index, model(packed), strict=True):
         if index is None:
             continue
         logits = logits.float()
@@ -153,12 +205,7 @@ def _ask(model: FourM, state: State, columns: slice, asked_BL: np.ndarray, targe
             half = len(logits) // 2
             index, given, bare = index[:half], logits[:half], logits[half:]
             logits = bare + o.guidance * (given - bare)
-        at = index.cpu().numpy()
-        drawn, _ = draw(filter_logits(logits, o.temperature, o.top_k, o.top_p), u[at])
-        # Confidence is the model's own, before temperature and filters.
-        score = logits.log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1)
-        ids[at], logp[at] = drawn.cpu().numpy(), score.cpu().numpy()
-    return row, slot, ids, logp
+        yield index.cpu().numpy(), logits
 
 
 def _write_text(model: FourM, state: State, target: str, o: GenerateOptions) -> None:

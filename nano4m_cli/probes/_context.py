@@ -235,10 +235,8 @@ class Context:
     def decoded(self, sources: Sequence[str], targets: Sequence[str], modality: str, options: GenerateOptions | None = None,
                 limit: int | None = None) -> list[Any]:
         """Return the raw values of a generated modality (of the first `limit` samples)."""
-        state, columns = self.generate(sources, targets, options, limit), self.layout.slice(modality)
-        rows = [i[columns][k[columns]] for i, k in zip(state.ids_BC, state.known_BC, strict=True)]
-        tokenizer = self.tokenizer(modality)
-        return [raw for a in range(0, len(rows), CHUNK) for raw in tokenizer.decode(rows[a : a + CHUNK])]
+        state = self.generate(sources, targets, options, limit)
+        return state.decode(self.layout, modality, self.tokenizer(modality), CHUNK)
 
 
 def missing(context: Context, *modalities: str) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from nano4m_cli.data._atomic import atomic_folder, write_json
 from nano4m_cli.probes._context import Context
-from nano4m_cli.probes.crossmodal import EXACT
+from nano4m_cli.probes.crossmodal import estimate
 from nano4m_cli.registry import MODALITIES
 
 SHOWN = 6
@@ -24,9 +24,9 @@ def write_gallery(context: Context, folder: Path) -> Path:
     with atomic_folder(folder) as aside:
         for p, (sources, targets) in enumerate(plans):
             context.progress("gallery", p, len(plans))
-            # From a picture the likeliest depth is the best one; from words or sound it would be the mean of all scenes.
+            # From a picture the expected depth is the best one; from words or sound it would be the mean of all scenes.
             exact = [t for t in ("depth", "normal") if {"rgb", "depth"} & set(sources)]
-            made = {t: few.decoded(sources, [t], t, EXACT if t in exact else None) for t in targets}
+            made = {t: few.decoded(sources, [t], t, estimate(few, t) if t in exact else None) for t in targets}
             for i in range(few.n):
                 key, stem = few.tokens.key(i), f"{'-'.join(sources)}-{i}"
                 rows.append({

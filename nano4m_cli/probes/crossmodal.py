@@ -15,7 +15,13 @@ KIND = "eval"
 JUDGED = ("rgb", "audio")
 HEARD = 200  # samples judged by ear: phase reconstruction is the slow part
 # Depth and normals follow from the picture almost surely: their most likely value at once beats sampling.
-EXACT = GenerateOptions(scheme="onepass", temperature=0.0, guidance=1.0)
+LIKELIEST = GenerateOptions(scheme="onepass", temperature=0.0, guidance=1.0)
+
+
+def estimate(context: Context, target: str) -> GenerateOptions:
+    """Return how a picture's depth or normals are best told: by the mean, where codes stand for numbers."""
+    levels = context.layout.specs[context.names.index(target)].levels
+    return GenerateOptions(scheme="mean", guidance=1.0) if levels else LIKELIEST
 
 
 def heard(context: Context, target: str) -> int:
@@ -24,6 +30,8 @@ def heard(context: Context, target: str) -> int:
 
 
 class Probe(Base):
+    version = 2  # depth and normals are told by the mean; they were by the likeliest ids, which stand beside them now
+
     def missing(self, context: Context) -> str | None:
         able = [t for t in JUDGED if t in context.names and context.info.determined.get(t)]
         return None if able or {"rgb", "depth"} <= set(context.names) else "no modality that a judge could name"
@@ -43,7 +51,8 @@ class Probe(Base):
             "reference: the same figure for the truth after the tokenizer's round trip; judge_*: the classifier on real samples",
             *[f"{t} was sampled with {', '.join(f'{k} {v}' for k, v in context.sampling([t]).model_dump().items())}"
               for t in JUDGED if t in context.names],
-            "depth and normals: the most likely ids in one pass, against exact values; majority: the train split's mean picture",
+            "depth and normals: the expected code values in one pass (likeliest: the most likely ids), against exact "
+            "values; majority: the train split's mean picture",
         ]
 
     def _judged(self, context: Context, target: str) -> list[Metric]:
@@ -83,7 +92,8 @@ class Probe(Base):
 
     def _measured(self, context: Context, target: str, error, unit: str) -> list[Metric]:
         truth = context.raw(target)
-        made = context.decoded(["rgb"], [target], target, EXACT)
+        made = context.decoded(["rgb"], [target], target, estimate(context, target))
+        likeliest = error(context.decoded(["rgb"], [target], target, LIKELIEST), truth)
         own = error(context.tokenizer(target).decode(context.ids(target)), truth)
         train_mean = np.mean(np.stack(Context(context.run, "train", 1000, 0, context.progress).raw(target)), 0)
         if target == "normal":
@@ -94,4 +104,5 @@ class Probe(Base):
             mean_metric(f"rgb->{target}/{what}", values, reference=float(own.mean()), higher_is_better=False, unit=unit,
                         majority=float(error([train_mean] * len(truth), truth).mean())),
             mean_metric(f"rgb->{target}/{what}_ratio", values / own.mean(), higher_is_better=False, reference=1.0),
+            mean_metric(f"rgb->{target}/{what}_likeliest_ratio", likeliest / own.mean(), higher_is_better=False, reference=1.0),
         ]

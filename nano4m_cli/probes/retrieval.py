@@ -30,12 +30,11 @@ class Probe(Base):
             pmi = score - (top + np.log(np.exp(score - top).mean(0, keepdims=True)))
             relevant = relevance(context, len(score))
             name = context.direction([source], target)
+            bounds = {k: {"chance": float(chance_at(relevant, k).mean()),
+                          "ceiling": ceiling_at(context, source, target, len(score), k)} for k in (1, 5)}
             for kind, s in (("", pmi), ("likelihood_", score)):
                 best = best_rank(s, relevant)
-                for k in (1, 5):
-                    chance = float(chance_at(relevant, k).mean())
-                    best_possible = ceiling_at(context, source, target, len(score), k)
-                    metrics.append(mean_metric(f"{name}/{kind}r{k}", best <= k, chance=chance, ceiling=best_possible))
+                metrics += [mean_metric(f"{name}/{kind}r{k}", best <= k, **bound) for k, bound in bounds.items()]
         what = "the sample itself" if context.info.pairing == "instance" else "any candidate of the same class"
         return metrics, [
             f"gallery: the first {min(GALLERY, context.n)} samples ({min(TEXT_GALLERY, context.n)} where text is ranked); "

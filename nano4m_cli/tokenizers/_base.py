@@ -57,6 +57,13 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[np.ndarray]) -> list[Any]:
         """Return a raw value per ids (slots,)."""
 
+    def decode_values(self, values_BSD: np.ndarray) -> list[Any]:
+        """Return a raw value per (slots, levels) of code values in [-1, 1], which may lie between those of the codes.
+
+        For tokenizers whose spec has levels; of the values of ids it returns what `decode` does.
+        """
+        raise AssertionError(f"codes of {self.name} stand for no values")
+
     def comparable(self, raw: Any) -> Any:
         """Return `raw` as the best possible round trip would return it (cut or padded; same for all by default)."""
         return raw

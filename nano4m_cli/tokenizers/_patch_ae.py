@@ -80,9 +80,6 @@ class PatchAutoencoder(nn.Module):
         y = self.decoder(self.from_code(value.flatten(1, 2)) + self.place_out)
         return self.out(y).float().unflatten(1, value.shape[1:3]) * self.scale + self.mean
 
-    def decode(self, codes_BHW: Tensor) -> Tensor:
-        return self.decode_values(self.fsq.decode(codes_BHW))
-
     def loss(self, x_BHWP: Tensor, emphasis: float) -> tuple[Tensor, Tensor]:
         """Return (weighted reconstruction loss, plain mean squared error), in units of the data's own spread.
 

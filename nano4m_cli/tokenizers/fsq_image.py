@@ -142,8 +142,11 @@ class Tokenizer(GradientTokenizer):
     def decode(self, ids: Sequence[np.ndarray]) -> list[np.ndarray]:
         spec = self.spec()
         codes = np.stack([check_ids(np.asarray(i), self.grid, spec, "decode") for i in ids])
+        return self.decode_values(self.module.fsq.decode(torch.from_numpy(codes)).flatten(1, 2).numpy())
+
+    def decode_values(self, values_BSD: np.ndarray) -> list[np.ndarray]:
         with torch.inference_mode():
-            patches = self.module.decode(torch.from_numpy(codes)).numpy()
+            patches = self.module.decode_values(torch.from_numpy(values_BSD).unflatten(1, self.grid)).numpy()
         return [self._from_unit(x) for x in self._pixels(patches)]
 
     # -- fitting --------------------------------------------------------------------------------------------------

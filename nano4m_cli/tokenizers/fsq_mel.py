@@ -80,7 +80,8 @@ class Tokenizer(GradientTokenizer):
         x = torch.as_tensor(waves_BN)
         w = self.options.window
         spectrum = torch.stft(x, w, HOP, window=self.hann, center=True, pad_mode="constant", return_complex=True)
-        power = spectrum.abs()[..., :-1] ** 2  # the last frame is centred on the end of the clip
+        spectrum = spectrum[..., :-1]  # the last frame is centred on the end of the clip
+        power = spectrum.real.square() + spectrum.imag.square()  # abs() would guard against overflow, slowly
         return torch.log(torch.einsum("bft,fm->btm", power, self.bank) + FLOOR)
 
     def _patches(self, raws: Sequence[np.ndarray]) -> Tensor:
@@ -110,11 +111,20 @@ class Tokenizer(GradientTokenizer):
         """Return the log-mel (B, frames, mels) that the ids stand for."""
         spec = self.spec()
         codes = np.stack([check_ids(np.asarray(i), (self.steps, 1), spec, "decode") for i in ids])
+        return self._mel(self.module.fsq.decode(torch.from_numpy(codes)).flatten(1, 2))
+
+    def _mel(self, values_BSD: Tensor) -> Tensor:
         with torch.inference_mode():
-            return self.module.decode(torch.from_numpy(codes)).reshape(len(ids), self.steps * self.options.frames, -1)
+            patches = self.module.decode_values(values_BSD.unflatten(1, (self.steps, 1)))
+        return patches.reshape(len(values_BSD), self.steps * self.options.frames, -1)
 
     def decode(self, ids: Sequence[np.ndarray]) -> list[np.ndarray]:
-        mel = self.decode_mel(ids)
+        return self._waves(self.decode_mel(ids))
+
+    def decode_values(self, values_BSD: np.ndarray) -> list[np.ndarray]:
+        return self._waves(self._mel(torch.from_numpy(values_BSD)))
+
+    def _waves(self, mel: Tensor) -> list[np.ndarray]:
         # A few clips per thread: their spectra stay in the cache, and small transforms gain nothing from more threads.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
