@@ -17,6 +17,7 @@ from nano4m_cli.probes._images import absrel, angle, psnr
 from nano4m_cli.registry import MODALITIES
 from nano4m_cli.spec import TokenSpec
 from nano4m_cli.tokenizers._base import Tokenizer, open_tokenizer
+from nano4m_cli.tokenizers.fsq_mel import Tokenizer as Mel
 
 WAVES = 100  # clips whose phase is reconstructed, the slow part
 
@@ -25,8 +26,8 @@ def fidelity(tokenizer: Tokenizer, raws: list[Any], ids: list[np.ndarray]) -> di
     """Return per-sample figures (N,) of decoded ids against the raw values, by the modality's kind.
 
     psnr (dB), ssim for pictures; absrel for depth; angle (degrees) for normals; mel (mean absolute difference of
-    log-mel, nats) for sound, of the codes alone (mel) and, for the first `WAVES`, after phase reconstruction (mel_wave);
-    equal for text.
+    log-mel, nats) for sound, of the codes alone (mel, where they are codes of log-mel) and, for the first `WAVES`, of the
+    decoded sound (mel_wave); equal for text.
     """
     kind = MODALITIES.get(tokenizer.modality).kind
     truth = [tokenizer.comparable(r) for r in raws]
@@ -43,6 +44,10 @@ def fidelity(tokenizer: Tokenizer, raws: list[Any], ids: list[np.ndarray]) -> di
             real = tokenizer.log_mel(np.stack(truth))
             out["mel"] = (tokenizer.decode_mel(ids) - real).abs().mean((1, 2)).numpy()
             out["mel_wave"] = (tokenizer.log_mel(np.stack(made)) - real[:WAVES]).abs().mean((1, 2)).numpy()
+        else:  # a codec: by the bands that fsq_mel has by default, so that the figures compare
+            bands = Mel(tokenizer.modality, Mel.Options(), tokenizer.size).log_mel
+            pairs = zip(made, truth[:WAVES], strict=True)
+            out["mel_wave"] = np.array([float((bands(m[None]) - bands(t[None])).abs().mean()) for m, t in pairs])
         return out
     return {"equal": np.array([float(a == b) for a, b in zip(made, truth, strict=True)])}
 
@@ -56,10 +61,14 @@ def _ssim(made: list[np.ndarray], truth: list[np.ndarray]) -> np.ndarray:
 
 
 def codebook(ids: list[np.ndarray], spec: TokenSpec) -> dict[str, float]:
-    """Return the share of codes used and the perplexity of their distribution, as shares of the vocabulary."""
-    counts = np.bincount(np.concatenate(ids), minlength=spec.vocab_size)
-    p = counts[counts > 0] / counts.sum()
-    return {"codes_used": float((counts > 0).mean()), "perplexity": float(np.exp(-(p * np.log(p)).sum()))}
+    """Return the share of codes used and the perplexity of their distribution, each the mean over the codebooks."""
+    used, perplexity = [], []
+    for book in np.concatenate(ids).reshape(-1, spec.codebooks).T:  # slot = t * Q + q
+        counts = np.bincount(book, minlength=spec.vocab_size)
+        p = counts[counts > 0] / counts.sum()
+        used.append((counts > 0).mean())
+        perplexity.append(np.exp(-(p * np.log(p)).sum()))
+    return {"codes_used": float(np.mean(used)), "perplexity": float(np.mean(perplexity))}
 
 
 def report(dataset: DatasetFolder, modality: str, split: str = "val", limit: int = 200) -> dict[str, Any]:

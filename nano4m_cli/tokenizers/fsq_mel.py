@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from nano4m_cli.config import Config
-from nano4m_cli.errors import MediaError
 from nano4m_cli.media_compat import ensure_torchaudio
 from nano4m_cli.spec import TokenSpec
 from nano4m_cli.tokenizers._base import GradientTokenizer, check_ids
 from nano4m_cli.tokenizers._patch_ae import PatchAutoencoder
+from nano4m_cli.tokenizers._sound import RATE, adapted, check_sounds, fixed
 
-RATE, HOP = 24_000, 250
+HOP = 250
 INVERSIONS = 30  # updates when mel bands are inverted
 FLOOR = 1e-2  # about 62 dB under a loud tone: what lies below is the noise of 16 bits and of phase reconstruction
 
@@ -62,18 +62,11 @@ class Tokenizer(GradientTokenizer):
         self.inverse = torch.linalg.pinv(self.bank)  # (mels, bins)
         self.hann = torch.hann_window(options.window)
 
-    def _fixed(self, raw: np.ndarray) -> np.ndarray:
-        """Return the sound cut or padded with silence to the fixed number of samples."""
-        return np.pad(raw[: self.samples], (0, max(0, self.samples - len(raw)))).astype(np.float32)
-
     def comparable(self, raw: np.ndarray) -> np.ndarray:
-        return self._fixed(raw)
+        return fixed(raw, self.samples)
 
     def adapt(self, raw: np.ndarray) -> tuple[np.ndarray, str | None]:
-        if len(raw) == self.samples:
-            return raw, None
-        how = "cut" if len(raw) > self.samples else "padded with silence"
-        return self._fixed(raw), f"{self.modality} of {len(raw) / RATE:.2f} s was {how} to {self.samples / RATE:.2f} s"
+        return adapted(raw, self.samples, self.modality)
 
     def log_mel(self, waves_BN: np.ndarray | Tensor) -> Tensor:
         """Return float32 (B, frames, mels) of (B, samples)."""
@@ -87,8 +80,8 @@ class Tokenizer(GradientTokenizer):
     def _patches(self, raws: Sequence[np.ndarray]) -> Tensor:
         """Return (B, steps, 1, frames * mels)."""
         # A few clips at a time: their spectra stay in the cache, and memory is not faulted in anew for each batch.
-        fixed = [self._fixed(r) for r in raws]
-        mel = torch.cat([self.log_mel(np.stack(fixed[i : i + 8])) for i in range(0, len(fixed), 8)])
+        waves = [fixed(r, self.samples) for r in raws]
+        mel = torch.cat([self.log_mel(np.stack(waves[i : i + 8])) for i in range(0, len(waves), 8)])
         return mel.reshape(len(raws), self.steps, 1, -1)
 
     def spec(self) -> TokenSpec:
@@ -100,9 +93,7 @@ class Tokenizer(GradientTokenizer):
         )
 
     def encode(self, raws: Sequence[np.ndarray], where: Sequence[str] | None = None) -> list[np.ndarray]:
-        for i, raw in enumerate(raws):
-            if raw.ndim != 1 or not len(raw) or not np.isfinite(raw).all():
-                raise MediaError(f"{where[i] if where else f'sound {i}'}: empty, not mono, or not finite")
+        check_sounds(raws, where)
         with torch.inference_mode():
             _, codes = self.module.encode(self._patches(raws))
         return list(codes.reshape(len(raws), -1).numpy())
