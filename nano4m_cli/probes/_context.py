@@ -23,7 +23,8 @@ from nano4m_cli.registry import MODALITIES
 from nano4m_cli.tokenizers._base import Tokenizer, open_tokenizer
 from nano4m_cli.train.run import OpenRun, check_specs
 
-CHUNK = 100  # samples per encoder batch
+CHUNK = 100  # samples per encoder batch, at most
+LOGITS = 1 << 26  # logits held at once
 
 
 class Context:
@@ -167,19 +168,26 @@ class Context:
     def slot_nll(self, shown_NC: np.ndarray, asked_NC: np.ndarray) -> np.ndarray:
         """Return (N, C): -log p in nats of each asked slot (NaN elsewhere)."""
         out = np.full(asked_NC.shape, np.nan)
-        for a in range(0, self.n, CHUNK):
-            rows = slice(a, a + CHUNK)
+        chunk = self._chunk(asked_NC)
+        for a in range(0, self.n, chunk):
+            rows = slice(a, a + chunk)
             packed = self.pack(self.ids_NC[rows], shown_NC[rows], asked_NC[rows])
             with torch.inference_mode():
                 out[rows][asked_NC[rows]] = self.model.nll(packed).cpu().numpy()
         return out
 
-    def slot_logp(self, shown_NC: np.ndarray, target: str) -> np.ndarray:
-        """Return (n, slots, V) fp32 for the first n samples: log p of every id at every slot of a grid or codes target,
-        asked whole at once."""
+    def _chunk(self, asked_NC: np.ndarray) -> int:
+        """Return how many samples are asked at once: their logits stay in bounds where vocabularies are large."""
+        vocab_C = np.array([v for _, _, v in self.layout.groups])[self.layout.group_C]
+        return int(np.clip(LOGITS // max(int((asked_NC * vocab_C).sum(1).max(initial=1)), 1), 1, CHUNK))
+
+    def candidate_logp(self, shown_NC: np.ndarray, target: str, ids_MS: np.ndarray) -> np.ndarray:
+        """Return (n, M) fp32 for the first n samples: log p of each candidate's ids of a grid or codes target, asked whole
+        at once, slot by slot independent."""
         columns, parts = self.columns(target), []
-        for a in range(0, len(shown_NC), CHUNK):
-            rows = slice(a, a + CHUNK)
+        chunk = self._chunk(columns[None])
+        for a in range(0, len(shown_NC), chunk):
+            rows = slice(a, a + chunk)
             shown = shown_NC[rows]
             asked = np.broadcast_to(columns, shown.shape)
             packed = self.pack(self.ids_NC[rows], shown, asked)
@@ -189,7 +197,8 @@ class Context:
                 whole = torch.empty(len(packed.dec_col), used[0][1].shape[1])
                 for index, l in used:
                     whole[index.cpu()] = l.float().log_softmax(-1).cpu()
-            parts.append(whole.view(len(shown), -1, whole.shape[1]).numpy())
+            logp = whole.view(len(shown), -1, whole.shape[1]).numpy()
+            parts.append(logp[:, np.arange(ids_MS.shape[1]), ids_MS].sum(-1))
         return np.concatenate(parts)
 
     def text_logp(self, sources: Sequence[str], target: str, texts: list[np.ndarray], owner: np.ndarray) -> np.ndarray:

@@ -55,17 +55,15 @@ def likelihoods(context: Context, source: str, target: str) -> np.ndarray:
         return score * np.array([len(t) for t in texts])
     n = min(GALLERY, context.n)
     shown = (context.inside_NC & context.columns(source))[:n]
-    logp = context.slot_logp(shown, target)  # (n, slots, V)
-    ids = context.ids_NC[:n, context.layout.slice(target)]
-    return logp[:, np.arange(ids.shape[1]), ids].sum(-1)
+    return context.candidate_logp(shown, target, context.ids_NC[:n, context.layout.slice(target)])
 
 
 def relevance(context: Context, n: int) -> np.ndarray:
-    """Return bool (n, n): which candidates are right for which query."""
+    """Return bool (n, n): which candidates are right for which query; a class is the first attribute of all objects, in order."""
     if context.info.pairing == "instance":
         return np.eye(n, dtype=bool)
     first = next(iter(context.attributes))
-    value = np.array([v[0] for v in context.values(first)[:n]])
+    value = np.array(["\n".join(v) for v in context.values(first)[:n]])
     return value[:, None] == value
 
 

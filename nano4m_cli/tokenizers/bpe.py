@@ -1,6 +1,7 @@
 """Text to ids of true length: byte-level BPE (the `tokenizers` library), trained on the train split's texts.
 
-Texts are lower-cased where `lower` is set; every text ends in EOS; there is no PAD.
+Texts are lower-cased where `lower` is set; every text ends in EOS; there is no PAD. A caption is one line, so its white
+space folds into single spaces; running text (modality `text`) keeps all of it, and its case unless `lower` is given.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ EOS = "<eos>"
 
 class Tokenizer(Base):
     class Options(Config):
-        """vocab: largest vocabulary (merges stop earlier on small texts). max_length: 0 = twice the longest seen."""
+        """vocab: largest vocabulary (merges stop earlier on small texts). max_length: 0 = twice the longest seen.
+        lower: for running text the default is False."""
 
         vocab: int = 1024
         lower: bool = True
@@ -32,12 +34,15 @@ class Tokenizer(Base):
     name = "bpe"
 
     def __init__(self, modality: str, options: Config, size: dict[str, Any]):
+        self.one_line = modality != "text"
+        if not self.one_line and "lower" not in options.model_fields_set:
+            options = options.model_copy(update={"lower": False})
         super().__init__(modality, options, size)
         self.sha256 = ""
         self.longest = options.max_length
 
     def _text(self, raw: str) -> str:
-        text = " ".join(raw.split())
+        text = " ".join(raw.split()) if self.one_line else raw
         return text.lower() if self.options.lower else text
 
     def comparable(self, raw: str) -> str:
@@ -51,7 +56,7 @@ class Tokenizer(Base):
         if not any(texts):
             raise MediaError(f"every {self.modality} of the train split is empty: nothing to fit a vocabulary on")
         model = hf.Tokenizer(hf.models.BPE())
-        model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=True)
+        model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=self.one_line)
         model.decoder = hf.decoders.ByteLevel()
         # A reduced alphabet (the bytes seen) would make unseen characters vanish silently; keep all 256.
         trainer = hf.trainers.BpeTrainer(
@@ -92,7 +97,8 @@ class Tokenizer(Base):
         for row in ids:
             row = np.asarray(row)
             stop = np.flatnonzero(row == self.eos)
-            texts.append(self.model.decode(row[: stop[0]].tolist() if len(stop) else row.tolist()).strip())
+            text = self.model.decode(row[: stop[0]].tolist() if len(stop) else row.tolist())
+            texts.append(text.strip() if self.one_line else text)
         return texts
 
     def save(self, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """A plain baseline for spoken digits: ridge regression on pooled log-mel, no model of ours involved.
 
-    python scripts/bench/digits_ridge.py [DATASET ...]      (default: every data set made by `fetch digits`)
+    python scripts/bench/digits_ridge.py [DATASET ...]      (default: every data set of single digits made by `fetch digits`)
 
 Each distinct recording of a split counts once. Features: log-mel of the voiced part (frames within 40 dB of the
 loudest), averaged over 8 equal stretches of time, 40 bands to 4 kHz, and the logarithm of its length. The penalty is
@@ -64,7 +64,7 @@ def main() -> None:
 
     bank = A.melscale_fbanks(513, 40.0, 4000.0, BANDS, RATE, norm=None, mel_scale="htk")
     workspace = Workspace.at()
-    known = [d for d in workspace.datasets() if d.info().source == "digits"]
+    known = [d for d in workspace.datasets() if d.info().source == "digits" and d.info().max_objects == 1]
     for dataset in [workspace.dataset(n) for n in args.datasets] or known:
         parts = [read(dataset, s, bank) for s in ("train", "val", "test")]
         hit = ridge(*parts)

@@ -1,4 +1,4 @@
-"""Real spoken digits (Free Spoken Digit Dataset) with real handwritten ones (MNIST), paired by label."""
+"""Real spoken digits (Free Spoken Digit Dataset) with real handwritten ones (MNIST), paired by label; also sequences."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from nano4m_cli import rng
 from nano4m_cli.config import Config
 from nano4m_cli.data.sources import _base
 from nano4m_cli.data.sources import _digits_files as files
 from nano4m_cli.data.sources import _digits_pairs as pairing
+from nano4m_cli.data.sources import _digits_sequences as sequences
 from nano4m_cli.data.sources._base import Attribute, DatasetInfo, Sample, ShardPlan
 from nano4m_cli.data.sources._digits_pairs import ACCENTS, SPEAKERS, SPLITS, WORDS, Pair
+from nano4m_cli.data.sources._digits_sequences import Line
 from nano4m_cli.errors import FetchError, did_you_mean
+from nano4m_cli.modalities.audio import MODALITY as AUDIO
 from nano4m_cli.modalities.audio import RATE
 from nano4m_cli.modalities.rgb import MODALITY as RGB
 
@@ -39,10 +42,17 @@ NOTES = (
     "Pairs share their digit and nothing else: digit accuracy across modalities is meaningful (chance 10 %), "
     "instance retrieval is not. One gain per recording (gain_db in labels.json) brings it to a common level."
 )
+SEQUENCE_NOTES = (
+    " Each sample is a sequence of digits by one speaker; the test split has sequences that training never shows, with "
+    f"every digit at every place equally often. Recordings longer than {sequences.LONGEST} s are left out, none is cut."
+)
 
 
 class Source(_base.Source):
-    """Clips at 24 kHz, whole; pictures 28 x 28 as published, in three equal channels; one caption."""
+    """Clips at 24 kHz, whole; pictures 28 x 28 as published, in three equal channels; one caption.
+
+    With length above 1, that many clips of one speaker and pictures in a row (see `_digits_sequences`).
+    """
 
     class Options(Config):
         """What to fetch.
@@ -51,7 +61,10 @@ class Source(_base.Source):
             mirror: folder with fsdd/recordings/, mnist_idx/ and perhaps digits_av/; without it both are downloaded.
             split: "clip" (no recording in two splits), "speaker:NAME" (NAME is the test split, the next speaker in
                 alphabetical circle the val split), or "speaker", which is speaker:theo.
-            name: of the data set; digits, or digits-speaker-NAME.
+            length: digits per sample; above 1 the test split holds out whole sequences.
+            train, val, test: sequences per split (6000, 300, 600), an eighth of train more for judges. Single digits are
+                as many as there are recordings.
+            name: of the data set; digits, digits-speaker-NAME, digits3, digits3-speaker-NAME.
             pairs: take the pairs from the mirror's "lists", by "rule", or "auto": lists where there are any.
             level_db: RMS that recordings are scaled to, in dB under full scale; null keeps them as recorded, where 62
                 are so quiet that they sink below the floor of a log-mel spectrogram.
@@ -61,6 +74,10 @@ class Source(_base.Source):
 
         mirror: str | None = None
         split: str = "clip"
+        length: int = Field(1, ge=1, le=4)
+        train: int | None = Field(None, ge=1)
+        val: int | None = Field(None, ge=0)
+        test: int | None = Field(None, ge=0)
         name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
         pairs: Literal["auto", "lists", "rule"] = "auto"
         level_db: float | None = Field(-20.0, ge=-60, le=-3)
@@ -78,6 +95,13 @@ class Source(_base.Source):
             if value != "clip" and kind != "speaker":
                 raise ValueError(f"unknown split; {did_you_mean(value, ['clip', 'speaker', 'speaker:NAME'])}")
             return value
+
+        @model_validator(mode="after")
+        def _counts(self):
+            given = [split for split in SPLITS if getattr(self, split) is not None]
+            if self.length == 1 and given:
+                raise ValueError(f"{', '.join(given)}: counts are of sequences (length=2 or more); limit=N takes fewer digits")
+            return self
 
     version = 1
     release: ClassVar[files.Release] = files.RELEASE
@@ -99,6 +123,11 @@ class Source(_base.Source):
 
     def _pairs(self) -> tuple[str, list[Pair]]:
         """Return "lists" or "rule" and all pairs."""
+        place = self._place()
+        return "rule" if place[2] is None else "lists", _read(*place)
+
+    def _place(self) -> tuple[Path, str, Path | None, tuple[int, ...]]:
+        """Return what `_read` takes."""
         o, path = self.options, None
         if o.split in LISTS and o.pairs != "rule" and (self.folder / LISTS[o.split]).is_file():
             path = self.folder / LISTS[o.split]
@@ -110,16 +139,28 @@ class Source(_base.Source):
             )
         recordings = self.folder / files.RECORDINGS
         stamps = tuple(p.stat().st_mtime_ns for p in (path or recordings, self.folder / files.LABELS["train"]))
-        return "rule" if path is None else "lists", _read(self.folder, o.split, path, stamps)
+        return self.folder, o.split, path, stamps
 
-    def _chosen(self, split: str) -> list[Pair]:
-        """Return the pairs of a split in the order of the data set: sorted by id, then a fixed shuffle."""
+    def _counts(self) -> dict[str, int]:
+        """Return how many sequences each split has, judge included."""
+        counts = {split: usual if (n := getattr(self.options, split)) is None else n for split, usual in sequences.COUNTS.items()}
+        return counts | {sequences.JUDGE: counts["train"] // 8}
+
+    def _chosen(self, split: str) -> list[Pair] | list[Line]:
+        """Return what a split holds, in the order of the data set: pairs sorted by id, then a fixed shuffle, or sequences."""
+        if self.options.length > 1:
+            return _lines(*self._place(), split, self._counts()[split], self.options.length)[: self.options.limit]
         pairs = sorted(p for p in self._pairs()[1] if p.split == split)
         order = rng.permutation(len(pairs), pairing.SEED, f"digits/order/{split}")
         return [pairs[i] for i in order[: self.options.limit]]
 
     def info(self) -> DatasetInfo:
-        o = self.options
+        o, n = self.options, self.options.length
+        made = {"pairs": self._pairs()[0]}
+        # What single digits do not depend on stays out of their options: data sets fetched before sequences were stay as they are.
+        dropped = {"mirror", "name", *(("length", *SPLITS) if n == 1 else ())}
+        if n > 1:
+            made |= {split: self._counts()[split] for split in SPLITS}
         chosen = {split: self._chosen(split) for split in SPLITS}
         accents = Counter(pair.accent for pair in chosen["test"])
         speaker_notes = ""
@@ -132,31 +173,35 @@ class Source(_base.Source):
         if o.mirror is not None and not files.is_release(self.release, self.folder):
             speaker_notes += " The files of the mirror differ from the published ones."
         return DatasetInfo(
-            name=o.name or "digits" + ("" if o.split == "clip" else "-" + o.split.replace(":", "-")),
+            name=o.name or "digits" + (str(n) if n > 1 else "") + ("" if o.split == "clip" else "-" + o.split.replace(":", "-")),
             source="digits",
-            options=o.model_dump(mode="json", exclude={"mirror", "name"}) | {"pairs": self._pairs()[0]},
+            options=o.model_dump(mode="json", exclude=dropped) | made,
             version=self.version,
             modalities=["rgb", "audio", "caption"],
             splits={split: len(pairs) for split, pairs in chosen.items()},
-            sizes={"rgb": {"size": [28, 28]}, "audio": {"seconds": SECONDS, "rate": RATE}},
+            judge=len(self._chosen(sequences.JUDGE)) if n > 1 else 0,
+            sizes={
+                "rgb": {"size": [28, 28 * n]},
+                "audio": {"seconds": round(n * sequences.SECONDS, 1) if n > 1 else SECONDS, "rate": RATE},
+            },
             tokenizers={
                 "rgb": {"patch": 7}, "audio": {"high_hz": 4000.0, "mels": 48, "fit_samples": 8_000, "fit_steps": 500},
             },  # voices are harder than notes
-            judge_steps={"rgb": 320, "audio": 180},
+            judge_steps={"rgb": 320, "audio": 120 * n if n > 1 else 180},  # where one digit ends has to be heard as well
             attributes={
                 name: Attribute(values=list(surfaces), surfaces=surfaces) for name, surfaces in SURFACES.items()
             },
-            max_objects=1,
+            max_objects=n,
             # What a listener or reader can tell; pictures and voices are real, so a few are hard.
             determined={"rgb": ["digit"], "audio": ["digit", "accent"], "caption": ["digit", "accent"]},
             ceilings={"rgb": {"accent": round(max(accents.values()) / accents.total(), 6)}} if accents else {},
             pairing="class",
-            notes=NOTES + speaker_notes,
+            notes=NOTES + (SEQUENCE_NOTES if n > 1 else "") + speaker_notes,
         )
 
     def plan(self) -> list[ShardPlan]:
         size, plans = self.options.shard_size, []
-        for split in SPLITS:
+        for split in (*SPLITS, sequences.JUDGE) if self.options.length > 1 else SPLITS:
             pairs = self._chosen(split)
             for index, start in enumerate(range(0, len(pairs), size)):
                 items = tuple(pairs[start : start + size])
@@ -164,6 +209,9 @@ class Source(_base.Source):
         return plans
 
     def samples(self, plan: ShardPlan) -> Iterator[Sample]:
+        if self.options.length > 1:
+            yield from map(self._sequence, plan.items)
+            return
         for item in plan.items:
             pair = Pair(*item)
             clip = files.clip(self.folder / files.RECORDINGS / pair.clip, self.options.level_db)
@@ -175,6 +223,18 @@ class Source(_base.Source):
                 "labels.json": json.dumps(labels_of(pair, clip), ensure_ascii=False).encode(),
             }
             yield Sample(pair.key, members)
+
+    def _sequence(self, item: tuple) -> Sample:
+        line = Line(*item)
+        clips = [files.clip(self.folder / files.RECORDINGS / clip, self.options.level_db) for clip in line.clips]
+        wave, onsets = sequences.sound(clips, line.pauses)
+        labels = sequences.labels_of(line, clips, onsets, len(wave) / RATE)
+        return Sample(line.key, {
+            "rgb.png": RGB.to_bytes(np.repeat(sequences.strip(self.folder, line)[:, :, None], 3, axis=2)),
+            "audio.flac": AUDIO.to_bytes(wave),
+            "caption.txt": sequences.caption_of(line.digits, line.accent).encode(),
+            "labels.json": json.dumps(labels, ensure_ascii=False).encode(),
+        })
 
 
 def labels_of(pair: Pair, clip: files.Clip) -> dict:
@@ -216,3 +276,12 @@ def _read(folder: Path, split: str, path: Path | None, stamps: tuple[int, ...]) 
         pairs = pairing.read_list(path)
     pairing.check(pairs, labels, str(path or folder))
     return pairs
+
+
+@lru_cache(maxsize=8)
+def _lines(
+    folder: Path, split: str, path: Path | None, stamps: tuple[int, ...], which: str, count: int, length: int
+) -> list[Line]:
+    """Return the sequences of one split of the data set, from the pairs that `_read` gives."""
+    labels = {part: files.labels(folder, part) for part in files.LABELS}
+    return sequences.draw(folder / files.RECORDINGS, _read(folder, split, path, stamps), labels, which, count, length)
