@@ -8,7 +8,9 @@ import typer
 
 from nano4m_cli.cli._options import Json, Quiet, Root, Settings, Workers
 from nano4m_cli.cli._show import Show
-from nano4m_cli.errors import UsageError
+from nano4m_cli.errors import FetchError, UsageError
+
+SHOWN = 20  # failures printed; all of them are in failures.json
 
 
 def command(
@@ -28,18 +30,22 @@ def command(
     \b
     nano4m fetch scenes
     nano4m fetch digits mirror=DIR
+    nano4m fetch folder path=DIR
     nano4m fetch --list
 
-    --json: {dataset, path, source, options, modalities, splits: {SPLIT: {samples, shards}}, made, kept};
-    with --list {sources: {NAME: summary}}.
+    --json: {dataset, path, source, options, modalities, splits: {SPLIT: {samples, shards}}, made, kept,
+    failures: [{file, reason}]};
+    with --list {sources: {NAME: summary}, filters: {NAME: summary}}.
     """
-    from nano4m_cli.registry import SOURCES
+    from nano4m_cli.registry import FILTERS, SOURCES
 
     show = Show(as_json, quiet)
     if list_:
         sources = {name: SOURCES.summary(name) for name in SOURCES.names()}
+        filters = {name: FILTERS.summary(name) for name in FILTERS.names()}
         show.table(["source", "what it is"], list(sources.items()))
-        show.document({"sources": sources})
+        show.table(["filter", "what it leaves out"], list(filters.items()))
+        show.document({"sources": sources, "filters": filters})
         return
     if source is None:
         raise UsageError("fetch needs a source", f"one of {', '.join(SOURCES.names())} (see 'nano4m fetch --list')")
@@ -66,7 +72,20 @@ def command(
         show.line(f"{info.name}: {sum(counts.values())} samples would be in {path / 'raw'}")
     else:
         show.line(f"{info.name}: {made} samples made, {kept} kept, in {path / 'raw'}")
+    if info.notes:
+        show.say(f"notice: {info.notes}")
+    failures = opened.failures()
+    if failures:
+        show.table(["could not be used", "because"], [[f.file, f.reason] for f in failures[:SHOWN]])
+        if len(failures) > SHOWN:
+            show.line(f"and {len(failures) - SHOWN} more")
     show.document({
         "dataset": info.name, "path": path, "source": info.source, "options": info.options,
         "modalities": info.modalities, "splits": splits, "made": made, "kept": kept, "dry_run": dry_run,
+        "failures": [f._asdict() for f in failures],
     })
+    if failures and not opened.tolerant:
+        raise FetchError(
+            f"{len(failures)} files could not be used" + ("" if dry_run else f" (all of them: {path / 'raw' / 'failures.json'})"),
+            "the others are there; mend these and fetch again, or accept it with broken=skip",
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from PIL import ImageOps
 
 from nano4m_cli.modalities._base import Modality
 from nano4m_cli.modalities._image import open_image, png_bytes, read_bytes, rgb_array
@@ -22,7 +23,8 @@ class RGB(Modality):
         return png_bytes(raw)
 
     def read_file(self, path: Path) -> np.ndarray:
-        return self.from_bytes(read_bytes(path), f"'{path}'")
+        where = f"'{path}'"
+        return rgb_array(ImageOps.exif_transpose(open_image(read_bytes(path), where)), where)
 
     def conversion(self, path: Path) -> str | None:
         mode = open_image(read_bytes(path), f"'{path}'").mode

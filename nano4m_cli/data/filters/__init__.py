@@ -1,0 +1,1 @@
+"""Filters of clips, one file each: `nano4m fetch folder filter=[silence,black]`."""

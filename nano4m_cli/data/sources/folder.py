@@ -1,0 +1,317 @@
+"""Your own media: videos, sounds and pictures in a folder, with captions and labels beside them or in a csv."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from nano4m_cli import rng
+from nano4m_cli.config import Config
+from nano4m_cli.data._atomic import write_json
+from nano4m_cli.data.sources import _base
+from nano4m_cli.data.sources._base import Attribute, DatasetInfo, Failure, Sample, ShardPlan
+from nano4m_cli.data.sources._folder_clips import inspect, read_clips
+from nano4m_cli.data.sources._folder_items import Item, by_csv, by_stem, captioned, key_of
+from nano4m_cli.errors import FetchError, did_you_mean
+from nano4m_cli.modalities.audio import RATE
+from nano4m_cli.registry import FILTERS, MODALITIES
+
+ORDER = ("rgb", "depth", "normal", "audio", "caption")
+SPLITS = ("train", "val", "test")
+
+
+class Source(_base.Source):
+    """Videos are cut into clips of one length, with key frames and their sound; every file is read once before anything is
+    written, so that what is broken is known and listed, and the rest arrives."""
+
+    class Options(Config):
+        """What to fetch.
+
+        Attributes:
+            path: the folder. Files of one path but for the suffix belong together: x.mp4, x.depth.png, x.txt, x.json.
+            csv: a table instead (path relative to the folder or absolute): columns file, path, video, audio, rgb, image,
+                depth, normal name files; text=, label=, split=, group= name columns. test_values and val_values say which
+                values of the split column are which (the others are train).
+            name: of the data set; the folder's name by default.
+            modalities: which to take; by default those that at least half of the items have.
+            seconds: length of clips and sounds; what is shorter is padded with silence.
+            every: seconds from the start of one clip to the next; null: `seconds`.
+            size: pictures are cropped to their central square and resized to so many pixels.
+            frames, pick: key frames of each clip, "even" in time or after a "scene" change; each is a sample of its own.
+            caption: caption of items without one, made from labels: "a sound of {class}".
+            label: the label that evaluations ask for, as an attribute.
+            val, test: shares of these splits where no split is given; items of one group, or of the same bytes, stay together.
+            filter: names of filters (black, clipping, frozen, silence); thresholds: others than their usual ones. What they
+                leave out is listed with its scores in left_out.json.
+            broken: "report" ends with exit 1 after all the rest was made, "skip" with exit 0.
+        """
+
+        path: str
+        csv: str | None = None
+        name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+        modalities: list[str] = []
+        seconds: float = Field(5.0, gt=0, le=600)
+        every: float | None = Field(None, gt=0)
+        size: int = Field(64, ge=8, le=4096)
+        frames: int = Field(1, ge=1, le=64)
+        pick: Literal["even", "scene"] = "even"
+        caption: str | None = None
+        text: str | None = None
+        label: str | None = None
+        split: str | None = None
+        group: str | None = None
+        test_values: list[str] = ["test"]
+        val_values: list[str] = ["val"]
+        val: float = Field(0.05, ge=0, lt=1)
+        test: float = Field(0.05, ge=0, lt=1)
+        filter: list[str] = []
+        thresholds: dict[str, float] = {}
+        broken: Literal["report", "skip"] = "report"
+        shard_size: int = Field(1000, ge=1)
+
+        @field_validator("filter")
+        @classmethod
+        def _filters(cls, value: list[str]) -> list[str]:
+            for name in value:
+                if name not in FILTERS:
+                    raise ValueError(f"no filter '{name}'; {did_you_mean(name, FILTERS.names())}")
+            return sorted(set(value))
+
+        @model_validator(mode="after")
+        def _of_filters(self) -> Self:
+            for name in self.thresholds:
+                if name not in self.filter:
+                    raise ValueError(f"a threshold of '{name}', which is not among the filters asked for")
+            return self
+
+        @field_validator("test_values", "val_values", mode="before")
+        @classmethod
+        def _texts(cls, value: Any) -> list[str]:
+            return [str(v) for v in (value if isinstance(value, list) else [value])]
+
+    version = 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"options": self.options, "cache": self.cache}  # workers need no inventory: a plan holds all of it
+
+    # -- what is there --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _found(self) -> tuple[list[Item], list[Failure]]:
+        o, folder = self.options, Path(self.options.path).expanduser()
+        if not folder.is_dir():
+            raise FetchError(f"no folder '{o.path}'", "give path=DIR of a folder with your media")
+        table = o.csv and next((p for p in (folder / o.csv, Path(o.csv)) if p.is_file()), None)
+        if o.csv and table is None:
+            raise FetchError(f"no table '{o.csv}' (nor in {folder})")
+        items, failures = by_csv(folder, table, o) if table else by_stem(folder)
+        if not items and not failures:
+            raise FetchError(f"'{o.path}' holds no video, sound or picture", "see 'nano4m fetch --help' for what is read")
+        return captioned(items, o.caption), failures
+
+    @cached_property
+    def _record(self) -> Path:
+        """Where the inspection of exactly these files and options is kept."""
+        items, _ = self._found
+        stats = [(f, (s := Path(f).stat()).st_size, s.st_mtime_ns) for i in items for f in i.files.values()]
+        asked = self.options.model_dump(include={"seconds", "every", "size", "frames", "pick", "filter"})
+        return self.cache / f"{hashlib.sha256(repr((self.version, stats, asked)).encode()).hexdigest()[:24]}.json"
+
+    def prepare(self, progress: Callable[[str, int, int], None]) -> None:
+        items, _ = self._found
+        if self._record.is_file():
+            return
+        from nano4m_cli.data.fetch import ignore_interrupts, usable_cores
+
+        seen: list[dict[str, Any]] = []
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(usable_cores(), max(len(items), 1)), context, ignore_interrupts) as pool:
+            try:
+                for one in pool.map(inspect, items, [self.options] * len(items), chunksize=4):
+                    seen.append(one)
+                    progress("files read", len(seen), len(items))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        write_json(self._record, seen)
+
+    @cached_property
+    def _usable(self) -> tuple[list[tuple[Item, dict[str, Any]]], list[str], list[Failure]]:
+        """Return the items to use with their inspection, in a fixed order, the modalities, and what failed."""
+        o = self.options
+        items, failures = self._found[0], list(self._found[1])
+        seen = json.loads(self._record.read_text())
+        good: list[tuple[Item, dict[str, Any]]] = []
+        for item, look in zip(items, seen, strict=True):
+            if look["problem"]:
+                failures.append(Failure(look["file"], look["problem"]))
+            if look["clips"] and (clips := [c for c in look["clips"] if not self._dropped_by(c)]):
+                good.append((item, {**look, "clips": clips}))
+        for m in o.modalities:
+            MODALITIES.get(m)
+        count = Counter(m for item, look in good for m in _has(item, look))
+        chosen = list(o.modalities) or [m for m in ORDER if count[m] * 2 >= len(good) and count[m]]
+        kept: dict[str, tuple[Item, dict[str, Any]]] = {}
+        groups: dict[str, Item] = {}
+        # Where the table itself puts the same thing into two splits, the later split keeps it: tests stay whole.
+        for item, look in sorted(good, key=lambda g: (-SPLITS.index(g[0].split or "train"), g[0].id)):
+            lacks = [m for m in chosen if m not in _has(item, look)]
+            group = item.group or look["sha256"]
+            if lacks:
+                reason = f"has no {' and no '.join(lacks)}, which other items have"
+            elif look["sha256"] in kept:
+                reason = f"has the same content as {kept[look['sha256']][1]['file']}"
+            elif group in groups and groups[group].split != item.split:
+                reason = f"group '{group}' stands in split {groups[group].split} as well (a {item.split} item)"
+            elif o.label and o.label not in item.labels:
+                reason = f"has no label '{o.label}'"
+            else:
+                kept[look["sha256"]], groups[group] = (item, look), item
+                continue
+            failures.append(Failure(look["file"], reason))
+        if not kept:
+            listed = "; ".join(f"{f.file}: {f.reason}" for f in failures[:5])
+            raise FetchError(f"none of the {len(items)} items in '{o.path}' can be used: {listed}")
+        return sorted(kept.values(), key=lambda g: g[0].id), chosen, failures
+
+    def _dropped_by(self, clip: dict[str, Any]) -> list[str]:
+        """Return the filters that leave a clip out, by its recorded scores."""
+        return [f for f, s in clip["scores"].items() if not FILTERS.get(f)().keeps(s, self.options.thresholds.get(f))]
+
+    def left_out(self) -> list[dict[str, Any]]:
+        looks = json.loads(self._record.read_text()) if self.options.filter else []
+        return [{"file": look["file"], "start": c["start"], "scores": c["scores"], "by": by}
+                for look in looks for c in look["clips"] if (by := self._dropped_by(c))]
+
+    def failures(self) -> list[Failure]:
+        return self._usable[2]
+
+    @property
+    def tolerant(self) -> bool:
+        return self.options.broken == "skip"
+
+    # -- the data set ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _splits(self) -> dict[str, list[tuple[Item, dict[str, Any]]]]:
+        """Return the items of each split; without given splits, groups in the order of their hash are dealt out."""
+        o, out = self.options, {s: [] for s in SPLITS}
+        group = lambda g: hashlib.sha256((g[0].group or g[1]["sha256"]).encode()).hexdigest()  # noqa: E731
+        groups = sorted({group(g) for g in self._usable[0] if g[0].split is None})
+        n_test, n_val = (max(round(len(groups) * share), 1) if share and len(groups) > 2 else 0 for share in (o.test, o.val))
+        place = {g: "test" if i < n_test else "val" if i < n_test + n_val else "train" for i, g in enumerate(groups)}
+        for one in self._usable[0]:
+            out[one[0].split or place[group(one)]].append(one)
+        return out
+
+    def info(self) -> DatasetInfo:
+        o, (usable, chosen, failures) = self.options, self._usable
+        content = repr([(look["sha256"], i.caption, sorted(i.labels.items()), i.split, i.group) for i, look in usable])
+        picture = {"size": [o.size, o.size]}
+        sizes = {m: {"seconds": o.seconds, "rate": RATE} if m == "audio" else picture for m in chosen if m != "caption"}
+        silent = sum("video" in i.files and not look["sound"] for i, look in usable)
+        videos = sum("video" in i.files for i, _ in usable)
+        notes = [f"{len(usable)} items of {Path(o.path).name}"]
+        if silent:
+            notes.append(f"{silent} of {videos} videos have no sound: " + ("they were left out" if "audio" in chosen else
+                         "there is no audio in this data set"))
+        notes += [note for _, look in usable for note in look["notes"]][:20]
+        if dropped := self.left_out():
+            by = Counter(f for one in dropped for f in one["by"])
+            notes.append(f"{len(dropped)} clips were left out (" + ", ".join(f"{f} {n}" for f, n in sorted(by.items())) + ")")
+        if failures:
+            notes.append(f"{len(failures)} files could not be used: see failures.json")
+        attributes = self._attributes(chosen)
+        return DatasetInfo(
+            name=o.name or re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(o.path).expanduser().resolve().name).strip("-.") or "folder",
+            source="folder", options=o.model_dump(mode="json", exclude={"path", "name", "broken"})
+            | {"content": hashlib.sha256(content.encode()).hexdigest()[:16]},
+            version=self.version, modalities=chosen,
+            splits={s: sum(self._count(look) for _, look in items) for s, items in self._splits.items()},
+            sizes=sizes, attributes=attributes, determined={m: list(attributes) for m in chosen},
+            notes=". ".join(notes) + ".",
+        )
+
+    def _attributes(self, chosen: list[str]) -> dict[str, Attribute]:
+        """Return the asked label as an attribute: worded as in the captions, or by whole captions where each value has one."""
+        label = self.options.label
+        if label is None or "caption" not in chosen:
+            return {}
+        said: dict[str, set[str]] = {}
+        for item, _ in self._usable[0]:
+            said.setdefault(item.labels[label], set()).add(item.caption)
+        surfaces = {v: [v.lower()] for v in said}
+        if not all(re.search(rf"\b{re.escape(v.lower())}\b", c) for v, captions in said.items() for c in captions):
+            if any(len(captions) > 1 for captions in said.values()):
+                return {}
+            surfaces = {v: list(captions) for v, captions in said.items()}
+        return {label: Attribute(values=sorted(said), surfaces=dict(sorted(surfaces.items())))}
+
+    @staticmethod
+    def _count(look: dict[str, Any]) -> int:
+        return sum(max(len(clip["frames"]), 1) for clip in look["clips"])
+
+    def plan(self) -> list[ShardPlan]:
+        plans, (_, chosen, _) = [], self._usable
+        attributes = self._attributes(chosen)
+        for split, members in self._splits.items():
+            order = rng.permutation(len(members), 0, f"folder/order/{split}")
+            rows = [(*members[i], number) for i in order for number in range(len(members[i][1]["clips"]))]
+            per_shard = max(1, self.options.shard_size // self.options.frames)
+            for index, start in enumerate(range(0, len(rows), per_shard)):
+                some = rows[start : start + per_shard]
+                clips = tuple((item, look["sha256"], tuple((n, look["clips"][n]) for _, _, n in part))
+                              for (item, look), part in _runs(some))
+                count = sum(max(len(clip["frames"]), 1) for _, _, part in clips for _, clip in part)
+                plans.append(ShardPlan(split, index, (clips, tuple(chosen), attributes), count))
+        return plans
+
+    def samples(self, plan: ShardPlan) -> Iterator[Sample]:
+        for item, sha256, numbered in plan.items[0]:
+            numbers, clips = zip(*numbered, strict=True)
+            for c, f, raw in read_clips(item, clips, self.options):
+                key = f"{key_of(item)}-{sha256[:8]}-{numbers[c]:05d}-{f:02d}"
+                labels = {"clip": numbers[c], "frame": f, **clips[c], "sha256": sha256}
+                yield Sample(key, _members(item, raw, labels, *plan.items[1:]))
+
+
+def _has(item: Item, look: dict[str, Any]) -> set[str]:
+    """Return the modalities that an inspected item offers."""
+    pictures = {"rgb"} if "video" in item.files and look["video"] else set()
+    pictures |= set(item.files) & {"rgb", "depth", "normal"}
+    return pictures | ({"audio"} if look["sound"] else set()) | ({"caption"} if item.caption else set())
+
+
+def _runs(rows: list[tuple[Item, dict, int]]) -> Iterator[tuple[tuple[Item, dict], list[tuple[Item, dict, int]]]]:
+    """Yield (item, look) with the rows of it that follow one another."""
+    for _, run in itertools.groupby(rows, key=lambda row: id(row[0])):
+        part = list(run)
+        yield part[0][:2], part
+
+
+def _members(
+    item: Item, raw: dict[str, Any], labels: dict[str, Any], chosen: Sequence[str], attributes: dict[str, Attribute]
+) -> dict[str, bytes]:
+    """Return the members of a sample."""
+    members = {MODALITIES.get(m).ext: MODALITIES.get(m).to_bytes(raw[m]) for m in chosen if m != "caption"}
+    labels = {"item": item.id, "files": {r: Path(p).name for r, p in item.files.items()}, "labels": item.labels, **labels,
+              "objects": [], "fields": []}
+    if "caption" in chosen:
+        members["caption.txt"] = item.caption.encode()
+    for name, attribute in attributes.items():
+        value = item.labels[name]
+        span = re.search(rf"\b{re.escape(attribute.surfaces[value][0])}\b", item.caption).span()
+        labels["objects"] = [{name: value}]
+        labels["fields"] = [{"attribute": name, "object": 0, "span": list(span), "wording": 0}]
+    return members | {"labels.json": json.dumps(labels, ensure_ascii=False).encode()}
