@@ -9,16 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from codec_factory import WEIGHTS
 
 import nano4m_cli
 from nano4m_cli.config import Config, build
+from nano4m_cli.data.filters._base import Filter
 from nano4m_cli.data.sources._base import Source
 from nano4m_cli.errors import ConfigError, MediaError, TokenError, UnknownNameError, WeightsError
 from nano4m_cli.masking._base import Component, Key
 from nano4m_cli.modalities._base import Modality
 from nano4m_cli.probes._base import Probe
 from nano4m_cli.probes._evaluate import kind_of
-from nano4m_cli.registry import COMPONENTS, MODALITIES, PROBES, SOURCES, TOKENIZERS
+from nano4m_cli.registry import COMPONENTS, FILTERS, MODALITIES, PROBES, SOURCES, TOKENIZERS
 from nano4m_cli.tokenizers._base import GradientTokenizer, Tokenizer, open_tokenizer, save_tokenizer
 from nano4m_cli.tokenizers._fsq import FSQ
 
@@ -139,6 +141,7 @@ FAMILIES = {
     "modality": MODALITIES,
     "tokenizer": TOKENIZERS,
     "component": COMPONENTS,
+    "filter": FILTERS,
     "probe": PROBES,
 }
 MEMBERS = [(family, name) for family, registry in FAMILIES.items() for name in registry.names()]
@@ -154,7 +157,7 @@ def test_member_has_a_docstring_and_its_symbol(family, name):
     summary = registry.summary(name)
     assert len(summary) > 10 and len(summary) <= 120 and summary == summary.strip(), summary
     member = registry.get(name)
-    kinds = {"source": Source, "tokenizer": Tokenizer, "component": Component, "probe": Probe}
+    kinds = {"source": Source, "filter": Filter, "tokenizer": Tokenizer, "component": Component, "probe": Probe}
     if family == "modality":
         assert isinstance(member, Modality) and member.name == name
     else:
@@ -164,6 +167,9 @@ def test_member_has_a_docstring_and_its_symbol(family, name):
         assert issubclass(member.Options, Config)
     if family == "tokenizer":
         assert member.name == name
+    if family == "filter":
+        assert member.looks_at in ("audio", "rgb", "video") and member.unit
+        assert member().keeps(member.threshold) and not member().keeps(member.threshold + (-1 if member.keeps_above else 1))
     if family == "probe":
         assert kind_of(name) in ("eval", "probe") and member.version >= 1
 
@@ -204,6 +210,8 @@ def example(modality: str, seed: int = 0):
     if modality == "caption":
         colour, thing, place = (rng.choice(w) for w in (["red", "blue", "green"], ["cube", "ball"], ["left", "right"]))
         return f"a {colour} {thing}, on the {place}"
+    if modality == "text":
+        return "".join(f"{rng.choice(['ROMEO', 'Nurse'])}:\n{example('caption', seed + i)}.\n\n" for i in range(2))
     raise AssertionError(f"give an example of modality '{modality}' here")
 
 
@@ -213,12 +221,13 @@ SIZE = {
     "normal": {"size": [16, 16]},
     "audio": {"seconds": 0.25},
     "caption": {},
+    "text": {},
 }
 
 
 def close(modality: str, a, b) -> bool:
     """Whether b is a as storage keeps it."""
-    if modality == "caption":
+    if MODALITIES.get(modality).kind == "text":
         return a == b
     tolerance = {"rgb": 0, "depth": 5.1e-4, "normal": 0.01, "audio": 1 / 16000}[modality]
     return a.shape == b.shape and a.dtype == b.dtype and float(np.abs(a.astype(np.float64) - b).max()) <= tolerance
@@ -302,13 +311,18 @@ def test_a_picture_of_absurd_size_is_a_media_error(name):
 
 # -- tokenizers ---------------------------------------------------------------------------------------------------
 
-SERVES = {"identity": ["rgb"]}  # tokenizers that are no modality's default
+# Tokenizers that are no modality's default.
+SERVES = {
+    "identity": ["rgb"], "encodec": ["audio"], "mimi": ["audio"], "dac": ["audio"], "hf_text": ["caption", "text"], "bpe": ["text"],
+}
 for _m in MODALITIES.names():
     SERVES.setdefault(MODALITIES.get(_m).tokenizer, []).append(_m)
 SMALL = {
     "fsq_image": {"width": 32, "depth": 1, "levels": (5, 5, 5)},
     "fsq_mel": {"width": 32, "depth": 1, "griffin_lim": 2},
     "bpe": {"vocab": 300},
+    "mimi": {"codebooks": 4},
+    "dac": {"codebooks": 3},
 }
 PAIRS = [(t, m) for t in TOKENIZERS.names() for m in SERVES.get(t, ["?"])]
 _made: dict[tuple[str, str], Tokenizer] = {}
@@ -318,7 +332,8 @@ def fitted(name: str, modality: str, steps: int = 30) -> Tokenizer:
     """Return the tokenizer fitted on 64 examples (made once)."""
     if (name, modality) not in _made:
         cls = TOKENIZERS.get(name)
-        tokenizer = cls(modality, cls.Options(**SMALL.get(name, {})), SIZE[modality])
+        weights = {"weights": WEIGHTS[name]()} if name in WEIGHTS else {}  # small, in the published format
+        tokenizer = cls(modality, cls.Options(**SMALL.get(name, {}), **weights), SIZE[modality])
         if tokenizer.fitted:
             torch.manual_seed(0)
             tokenizer.fit([example(modality, s) for s in range(64)])
@@ -493,6 +508,7 @@ WRONG = {
     "normal": np.ones((8, 8, 3), np.float32),
     "audio": np.zeros(0, np.float32),
     "caption": "word " * 400,
+    "text": "word\n" * 400,
 }
 
 
@@ -502,7 +518,7 @@ def test_wrong_size_is_a_media_error_that_names_the_place(name, modality):
         fitted(name, modality).encode([example(modality), WRONG[modality]], ["sample 'k1'", "sample 'k7'"])
 
 
-@pytest.mark.parametrize("name, modality", [p for p in PAIRS if p[1] != "caption" and p[0] != "identity"])
+@pytest.mark.parametrize("name, modality", [p for p in PAIRS if p[1] not in ("caption", "text") and p[0] != "identity"])
 def test_adapt_brings_other_sizes_to_the_size_taken(name, modality):
     tokenizer = fitted(name, modality)
     other = np.ones(4000, np.float32) if modality == "audio" else WRONG[modality]
@@ -513,7 +529,7 @@ def test_adapt_brings_other_sizes_to_the_size_taken(name, modality):
     assert said is None and np.array_equal(same, example(modality))
 
 
-@pytest.mark.parametrize("name, modality", [p for p in PAIRS if p[1] != "caption"])
+@pytest.mark.parametrize("name, modality", [p for p in PAIRS if p[1] not in ("caption", "text")])
 def test_illegal_ids_are_refused(name, modality):
     tokenizer = fitted(name, modality)
     spec = tokenizer.spec()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -22,6 +23,9 @@ def command(
     ] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", metavar="NAME", help="Default: the newest.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Verify raw and token shards; make nothing.")] = False,
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="I/N", help="Only the I-th of N shares of the shards, from 0.")
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the tokenizers.")] = False,
     workers: Workers = None,
     dry_run: DryRun = False,
@@ -35,6 +39,7 @@ def command(
     nano4m tokenize
     nano4m tokenize --modality audio
     nano4m tokenize --modality rgb --modality depth rgb.name=fsq_image
+    nano4m tokenize --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT   (an array from 0; the first job fits)
 
     --json: {dataset, modalities: {M: {tokenizer, kind, shape, vocab_size, fitted, made, kept, samples, figures,
     sheet, split, n}}}; with --dry-run {dataset, modalities: {M: {tokenizer, fitted, options, samples}}}; with --check
@@ -48,13 +53,16 @@ def command(
         show.table(["tokenizer", "what it is"], list(tokenizers.items()))
         show.document({"tokenizers": tokenizers})
         return
+    part = share(shard)
     from nano4m_cli.data.workspace import Workspace
 
     folder = Workspace.at(root).dataset(dataset)
     show.say(f"data set: {folder.name} ({folder.path})")
     from nano4m_cli.train import tokenizing
 
-    chosen = tokenizing.choose_modalities(folder, names(modality))
+    chosen = tokenizing.choose_modalities(folder, names(modality), brought=check)
+    if not (check or modality) and (brought := folder.info().brought):
+        show.say(f"left as they are: {', '.join(brought)} (their tokens came with fetch)")
     options = by_modality(settings or [], chosen)
     if check:
         chosen = chosen if modality else [m for m in chosen if m in folder.tokenised()]
@@ -76,14 +84,15 @@ def command(
 
     done: dict[str, Any] = {}
     with show.work() as work:
-        fitted = tokenizing.fit_missing(folder, options, workers, work.progress)
+        fitted = tokenizing.fit_missing(folder, options, workers, work.progress, part)
     for name in chosen:
         try:
             with show.work() as work:
-                made = tokenizing.tokenize(folder, name, options[name], workers, work.progress, work.record)
+                made = tokenizing.tokenize(folder, name, options[name], workers, work.progress, work.record, part)
         except Stopped as err:
             raise stopped(err, False) from err
-        spec, trip = made.spec, round_trip(folder, name)
+        # One job of several tells of the round trip: all have the same tokenizer.
+        spec, trip = made.spec, round_trip(folder, name) if part[0] == 0 else {"figures": {}, "sheet": None}
         done[name] = {
             "tokenizer": spec.tokenizer.name, "kind": spec.kind, "shape": spec.shape, "vocab_size": spec.vocab_size,
             "fitted": name in fitted, "made": made.made, "kept": made.kept, "samples": made.samples, **trip,
@@ -93,10 +102,21 @@ def command(
             f"{name}: {made.made} samples made, {made.kept} kept; {spec.kind} {shape} of {spec.vocab_size} by "
             f"{spec.tokenizer.name}{' (fitted now)' if name in fitted else ''}"
         )
-        show.line("  round trip: " + "  ".join(f"{k} {v:.4g}" for k, v in trip["figures"].items()))
+        if trip["figures"]:
+            show.line("  round trip: " + "  ".join(f"{k} {v:.4g}" for k, v in trip["figures"].items()))
         if trip["sheet"]:
             show.line(f"  contact sheet: {trip['sheet']}")
     show.document({"dataset": folder.name, "modalities": done})
+
+
+def share(text: str | None) -> tuple[int, int]:
+    """Return (i, n) of "i/n", (0, 1) of nothing."""
+    if text is None:
+        return 0, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not int(found[1]) < int(found[2]):
+        raise UsageError(f"--shard {text} is not of the form I/N with I from 0 to N - 1", "for example --shard 0/4")
+    return int(found[1]), int(found[2])
 
 
 def by_modality(items: Sequence[str], chosen: Sequence[str]) -> dict[str, list[str]]:
@@ -111,6 +131,8 @@ def by_modality(items: Sequence[str], chosen: Sequence[str]) -> dict[str, list[s
             out[first].append(item[len(first) + 1 :])
         elif len(chosen) == 1:
             out[chosen[0]].append(item)
+        elif not chosen:
+            raise UsageError(f"'{item}' is for no modality: nothing is to be tokenized here")
         else:
             hint = did_you_mean(first, chosen) if dot else f"write {chosen[0]}.{item}, or choose one with --modality"
             raise UsageError(f"'{item}' does not say which modality it is for", hint)
@@ -118,11 +140,9 @@ def by_modality(items: Sequence[str], chosen: Sequence[str]) -> dict[str, list[s
 
 
 def _plan(folder: Any, modality: str, items: Sequence[str]) -> dict[str, Any]:
-    from nano4m_cli.config import apply_overrides
-    from nano4m_cli.train.tokenizing import make_tokenizer
+    from nano4m_cli.train.tokenizing import make_fresh
 
-    given = apply_overrides({}, items)
-    tokenizer = make_tokenizer(folder, modality, given.pop("name", None), given)
+    tokenizer = make_fresh(folder, modality, items)
     return {
         "tokenizer": tokenizer.name,
         "fitted": not tokenizer.fitted or (folder.tokenizer(modality) / "tokenizer.json").is_file(),

@@ -9,6 +9,7 @@ end-of-archive marker was cut.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import mmap
 import re
@@ -43,6 +44,13 @@ def shard_paths(folder: Path) -> list[Path]:
         if path.name != shard_name(i):
             raise ShardError(f"{folder}: {shard_name(i)} is missing (next is {path.name})", "run fetch/tokenize again")
     return paths
+
+
+def npy(ids: np.ndarray) -> bytes:
+    """Return an array as npy bytes."""
+    out = io.BytesIO()
+    np.lib.format.write_array(out, np.ascontiguousarray(ids), version=(1, 0), allow_pickle=False)
+    return out.getvalue()
 
 
 def write_shard(path: Path, samples: Iterator[tuple[str, dict[str, bytes]]]) -> int:

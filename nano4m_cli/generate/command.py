@@ -33,6 +33,12 @@ class GenerateReport:
 
 def open_tokenizers(run: OpenRun, names: Sequence[str]) -> dict[str, Tokenizer]:
     """Return the data set's tokenizers after checking that they are those the run was trained with."""
+    for name in names:
+        if not (run.dataset.tokenizer(name) / "tokenizer.json").is_file() and name in run.dataset.info().brought:
+            raise DataError(
+                f"the {name} tokens of '{run.dataset.name}' came without their tokenizer: {name} can be neither given nor shown",
+                "train on them, and 'nano4m eval' the run",
+            )
     tokenizers = {n: open_tokenizer(run.dataset.tokenizer(n)) for n in names}
     specs = [s for s in run.layout.specs if s.modality in names]
     check_specs(specs, [tokenizers[s.modality].spec() for s in specs])
@@ -40,17 +46,18 @@ def open_tokenizers(run: OpenRun, names: Sequence[str]) -> dict[str, Tokenizer]:
 
 
 def find_sample(dataset: DatasetFolder, key: str, modalities: Sequence[str]) -> dict[str, Any]:
-    """Return the raw values of a sample by key, from any split."""
-    for split, count in dataset.info().splits.items():
+    """Return the raw values of a sample by key, from any split (brought tokens have none)."""
+    info = dataset.info()
+    for split, count in info.splits.items():
         if not count:
             continue
         shards = Split(dataset.raw(split))
         for shard in shards.shards:
             if key in shard.keys:
                 i = shard.keys.index(key)
-                kinds = [MODALITIES.get(m) for m in modalities]
+                kinds = [MODALITIES.get(m) for m in modalities if m not in info.brought]
                 return {k.name: k.from_bytes(shard.read(i, k.ext), f"{key}.{k.ext}") for k in kinds}
-    example = Split(dataset.raw("test" if dataset.info().splits.get("test") else split)).shards[0].keys[0]
+    example = Split(dataset.raw("test" if info.splits.get("test") else split)).shards[0].keys[0]
     raise DataError(f"data set '{dataset.name}' has no sample '{key}'", f"a key reads like '{example}'")
 
 

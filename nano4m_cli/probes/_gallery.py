@@ -15,8 +15,8 @@ SHOWN = 6
 
 def write_gallery(context: Context, folder: Path) -> Path:
     """Write gallery.json and its media for the first samples of the split: from each source to all it is asked for."""
-    names = context.names
-    plans = [([s], [t for t in names if t != s]) for s in ("caption", "rgb", "audio", "depth") if s in names]
+    names = [n for n in context.names if n not in context.info.brought]  # brought tokens cannot be shown
+    plans = [([s], [t for t in names if t != s]) for s in ("caption", "rgb", "audio", "depth") if s in names and len(names) > 1]
     if {"audio", "caption", "rgb"} <= set(names):
         plans.append((["audio", "caption"], ["rgb"]))
     rows: list[dict[str, Any]] = []

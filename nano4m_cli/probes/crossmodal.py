@@ -34,7 +34,8 @@ class Probe(Base):
 
     def missing(self, context: Context) -> str | None:
         able = [t for t in JUDGED if t in context.names and context.info.determined.get(t)]
-        return None if able or {"rgb", "depth"} <= set(context.names) else "no modality that a judge could name"
+        shown = set(context.names) - set(context.info.brought)
+        return None if able or {"rgb", "depth"} <= shown else "no modality that a judge could name"
 
     def measure(self, context: Context) -> tuple[list[Metric], list[str]]:
         metrics: list[Metric] = []

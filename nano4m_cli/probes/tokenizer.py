@@ -17,6 +17,9 @@ class Probe(Base):
         metrics = []
         for spec in context.layout.specs:
             name, ids = spec.modality, context.ids(spec.modality)
+            if name in context.info.brought:  # neither the raw values nor their tokenizer are here
+                metrics += [Metric(name=f"{name}/{f}", value=v, n=context.n) for f, v in codebook(ids, spec).items()]
+                continue
             for figure, values in fidelity(context.tokenizer(name), context.raw(name), ids).items():
                 more = {"higher_is_better": figure in BETTER, "unit": UNITS.get(figure, "")}
                 metrics.append(mean_metric(f"{name}/{figure}", values, **more))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed, wait
@@ -12,12 +11,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from nano4m_cli.config import apply_overrides, build, dump_yaml
 from nano4m_cli.data._atomic import atomic_file, atomic_folder, write_json
 from nano4m_cli.data.fetch import Progress, ignore_interrupts, usable_cores
 from nano4m_cli.data.loader import TokenData
-from nano4m_cli.data.shards import Shard, Split, check_aligned, index_path, read_index, shard_paths, verify_shard, write_shard
+from nano4m_cli.data.shards import (
+    Shard,
+    Split,
+    check_aligned,
+    index_path,
+    npy,
+    read_index,
+    shard_paths,
+    verify_shard,
+    write_shard,
+)
+from nano4m_cli.data.sources._base import DatasetInfo
 from nano4m_cli.data.workspace import DatasetFolder
 from nano4m_cli.errors import ConfigError, DataError, ShardError, UnknownNameError, did_you_mean
 from nano4m_cli.registry import MODALITIES, TOKENIZERS
@@ -30,22 +41,38 @@ from nano4m_cli.train.loop import StepRecord, Trainer
 from nano4m_cli.train.tasks import TokenizerTask
 
 BATCH = 250
+WHOLE = (0, 1)  # the only one of one job
 
 
-def choose_modalities(dataset: DatasetFolder, wanted: Sequence[str]) -> list[str]:
-    """Return the modalities to tokenize: those named, else all that the data set has."""
-    have = dataset.info().modalities
+def choose_modalities(dataset: DatasetFolder, wanted: Sequence[str], brought: bool = False) -> list[str]:
+    """Return the modalities to tokenize: those named, else all that the data set has; brought tokens only if asked for."""
+    info = dataset.info()
+    have = info.modalities
     for name in wanted:
         if name not in have:
             if name not in MODALITIES:
                 raise UnknownNameError.of("modality", name, MODALITIES.names())
             raise DataError(f"data set '{dataset.name}' has no {name}", did_you_mean(name, have))
-    return list(dict.fromkeys(wanted)) or have
+        if not brought:
+            refuse_brought(dataset, info, name)
+    return list(dict.fromkeys(wanted)) or [m for m in have if brought or m not in info.brought]
+
+
+def refuse_brought(dataset: DatasetFolder, info: DatasetInfo, modality: str) -> None:
+    """Raise a DataError where the tokens of a modality were brought by its source: nothing raw is there to make them of."""
+    if modality in info.brought:
+        raise DataError(
+            f"the {modality} tokens of '{dataset.name}' came with 'nano4m fetch {info.source}'; there is no raw {modality} to "
+            "tokenize again",
+            "train on them as they are",
+        )
 
 
 def make_tokenizer(dataset: DatasetFolder, modality: str, name: str | None, options: dict[str, Any]) -> Tokenizer:
     """Return an unfitted tokenizer: the modality's default, with the data set's hints, then the given options."""
-    info, kind = dataset.info(), MODALITIES.get(modality)
+    info = dataset.info()
+    refuse_brought(dataset, info, modality)
+    kind = MODALITIES.get(modality)
     hints = {**kind.tokenizer_config, **info.tokenizers.get(modality, {})}
     usual = hints.pop("name", kind.tokenizer)
     chosen = name or usual
@@ -92,16 +119,20 @@ def default_training(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"log_every": 100, "val_every": steps, "checkpoint_every": steps, **tokenizer.train, "steps": steps}
 
 
+def make_fresh(dataset: DatasetFolder, modality: str, overrides: Sequence[str]) -> Tokenizer:
+    """Return an unfitted tokenizer as "option=value" overrides (and "name=...") want it."""
+    options = apply_overrides({}, overrides)
+    return make_tokenizer(dataset, modality, options.pop("name", None), options)
+
+
 def tokenizer_for(dataset: DatasetFolder, modality: str, overrides: Sequence[str], callback=None) -> Tokenizer:
     """Return the data set's tokenizer of a modality, fitting it where there is none yet.
 
     Overrides are "option=value" of the tokenizer (and "name=..."); where a fitted one was made with others, a
     ConfigError says so, since its tokens may be in use.
     """
-    options = apply_overrides({}, overrides)
-    name = options.pop("name", None)
     folder = dataset.tokenizer(modality)
-    fresh = make_tokenizer(dataset, modality, name, options)
+    fresh = make_fresh(dataset, modality, overrides)
     if (folder / "tokenizer.json").is_file():
         there = open_tokenizer(folder)
         if overrides and (there.name, there.options) != (fresh.name, fresh.options):
@@ -120,15 +151,41 @@ def tokenizer_for(dataset: DatasetFolder, modality: str, overrides: Sequence[str
 
 def fit_missing(
     dataset: DatasetFolder, overrides: Mapping[str, Sequence[str]], workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | None = None, part: tuple[int, int] = WHOLE,
 ) -> list[str]:
     """Fit the tokenizers that the modalities in `overrides` lack and encode with them, side by side; return which.
 
     One process and thread for each modality: on a CPU several small fits at once end sooner than one after the other,
-    and the result does not depend on the number of cores.
+    and the result does not depend on the number of cores. What comes ready-made is set up first: weights that are missing
+    are told of before anything is fitted. Where several jobs tokenize one data set, the first of them fits and the others
+    wait; with a `part` nothing is encoded here, so that they do not wait for that too.
     """
     progress = progress or (lambda what, done, total: None)
-    todo = [m for m in overrides if not (dataset.tokenizer(m) / "tokenizer.json").is_file()]
+    folder = dataset.path / "tokenizers"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress("wait for another process that fits tokenizers", 0, 1)
+        lock.acquire()
+    try:
+        return _fit_missing(dataset, overrides, workers, progress, part == WHOLE)
+    finally:
+        lock.release()
+
+
+def _fit_missing(
+    dataset: DatasetFolder, overrides: Mapping[str, Sequence[str]], workers: int | None, progress: Progress, encode: bool
+) -> list[str]:
+    todo = []
+    for m in overrides:
+        if (dataset.tokenizer(m) / "tokenizer.json").is_file():
+            continue
+        if make_fresh(dataset, m, overrides[m]).fitted:
+            todo.append(m)
+        else:
+            tokenizer_for(dataset, m, overrides[m])  # ready-made; `tokenize` encodes with it, by all workers
     if not todo:
         return []
     todo.sort(key=lambda m: MODALITIES.get(m).kind != "audio")  # sound takes longest to read: it starts first
@@ -136,7 +193,7 @@ def fit_missing(
     processes = min(workers or usable_cores(), len(todo))
     with context.Manager() as manager, ProcessPoolExecutor(processes, context, _start_worker) as pool:
         queue = manager.Queue()
-        pending = {pool.submit(_fit_one, dataset, m, list(overrides[m]), queue) for m in todo}
+        pending = {pool.submit(_fit_one, dataset, m, list(overrides[m]), queue, encode) for m in todo}
         try:
             while pending:
                 done, pending = wait(pending, timeout=0.5)
@@ -150,13 +207,14 @@ def fit_missing(
     return todo
 
 
-def _fit_one(dataset: DatasetFolder, modality: str, overrides: list[str], queue: Any) -> None:
+def _fit_one(dataset: DatasetFolder, modality: str, overrides: list[str], queue: Any, encode: bool) -> None:
     def tell(record: StepRecord) -> None:
         if record.kind == "train":
             queue.put((f"fit {modality}", record.step, record.steps))
 
     tokenizer_for(dataset, modality, overrides, tell)
-    tokenize(dataset, modality, overrides, 1, lambda what, done, total: queue.put((what, done, total)))
+    if encode:
+        tokenize(dataset, modality, overrides, 1, lambda what, done, total: queue.put((what, done, total)))
 
 
 @dataclass(frozen=True)
@@ -172,9 +230,13 @@ class TokenizeReport:
 
 def tokenize(
     dataset: DatasetFolder, modality: str, overrides: Sequence[str] = (), workers: int | None = None,
-    progress: Progress | None = None, callback: Callable[[StepRecord], None] | None = None,
+    progress: Progress | None = None, callback: Callable[[StepRecord], None] | None = None, part: tuple[int, int] = WHOLE,
 ) -> TokenizeReport:
-    """Make the token shards of a modality for every split; whole shards made by the same tokenizer are kept."""
+    """Make the token shards of a modality for every split; whole shards made by the same tokenizer are kept.
+
+    Args:
+        part: (i, n): the i-th of n jobs that share the shards out, counted from 0. Bytes do not depend on it.
+    """
     progress = progress or (lambda what, done, total: None)
     tokenizer = tokenizer_for(dataset, modality, overrides, callback)
     spec, path = tokenizer.spec(), dataset.spec_path(modality)
@@ -186,7 +248,7 @@ def tokenize(
                 f"delete {dataset.tokens(modality)} to tokenize again",
             )
     write_json(path, spec.model_dump(mode="json"))
-    jobs, kept, samples = [], 0, 0
+    jobs, kept, samples, number = [], 0, 0, 0
     for split, count in dataset.info().splits.items():
         if not count:
             continue
@@ -194,6 +256,9 @@ def tokenize(
         if not raws:
             raise ShardError(f"no raw shards in {dataset.raw(split)}", "run 'nano4m fetch' again")
         for raw in raws:
+            number += 1
+            if (number - 1) % part[1] != part[0]:
+                continue
             target = dataset.tokens(modality, split) / raw.name
             n = len(read_index(raw).keys)
             samples += n
@@ -216,13 +281,6 @@ def _fits(target: Path, raw: Path) -> bool:
         return read_index(target).keys == read_index(raw).keys
     except ShardError:
         return False
-
-
-def npy(ids: np.ndarray) -> bytes:
-    """Return an array as npy bytes."""
-    out = io.BytesIO()
-    np.lib.format.write_array(out, np.ascontiguousarray(ids), version=(1, 0), allow_pickle=False)
-    return out.getvalue()
 
 
 def _encode_shard(folder: Path, modality: str, raw: Path, target: Path) -> None:
@@ -289,10 +347,14 @@ def check(dataset: DatasetFolder, modalities: Sequence[str]) -> dict[str, dict[s
         check_aligned(splits)
         if len(splits["raw"]) != expected:
             raise DataError(f"{dataset.raw(split)} holds {len(splits['raw'])} samples, dataset.json says {expected}")
+        counts[split] = {m: expected for m in modalities}
+        if not modalities:
+            continue
         data = TokenData(dataset, split, modalities)
         for start in range(0, len(data), 4096):
-            data.read(np.arange(start, min(start + 4096, len(data))))
-        counts[split] = {m: len(data) for m in modalities}
+            index = np.arange(start, min(start + 4096, len(data)))
+            for variant in range(max(s.variants for s in data.layout.specs)):
+                data.read(index, np.full_like(index, variant))
     return counts
 
 
@@ -303,6 +365,11 @@ def fit_from_config(config: TokenizerRunConfig, dataset: DatasetFolder, run: Pat
     if (folder / "tokenizer.json").is_file():
         raise ConfigError(f"{folder} holds a tokenizer already", f"delete it and {dataset.tokens(choice.modality)} first")
     tokenizer = make_tokenizer(dataset, choice.modality, choice.name, choice.options)
+    if not tokenizer.fitted:
+        raise ConfigError(
+            f"tokenizer '{tokenizer.name}' comes as it is: nothing of it is trained",
+            f"nano4m tokenize --modality {choice.modality} {choice.modality}.name={tokenizer.name}",
+        )
     run.mkdir(parents=True, exist_ok=True)
     with atomic_file(run / "config.yaml") as file:
         file.write(dump_yaml(config).encode())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from nano4m_cli.config import Config
+from nano4m_cli.spec import TokenSpec
 
 
 class Attribute(Config):
@@ -25,6 +26,7 @@ class DatasetInfo(Config):
         name: folder below data/.
         source, options, version: how it was made; options identify it.
         modalities: names, in a fixed order.
+        brought: those of them whose tokens come with the data set: they have no raw members, and nothing to tokenize.
         splits: samples per split.
         judge: samples in raw/judge, for judges only (never tokenised): what the train split does not show but another
             split asks about.
@@ -47,6 +49,7 @@ class DatasetInfo(Config):
     options: dict[str, Any]
     version: int
     modalities: list[str]
+    brought: list[str] = []
     splits: dict[str, int]
     judge: int = 0
     sizes: dict[str, dict[str, Any]] = {}
@@ -84,6 +87,13 @@ class Sample(NamedTuple):
     members: dict[str, bytes]
 
 
+class Failure(NamedTuple):
+    """A file that a source could not use, and why."""
+
+    file: str
+    reason: str
+
+
 class Source(ABC):
     """A source of raw data. Instances are picklable and cheap; `samples` may run in another process."""
 
@@ -91,12 +101,28 @@ class Source(ABC):
         pass
 
     version: ClassVar[int] = 1
+    tolerant: bool = False  # whether a fetch with failures counts as done
 
     def __init__(self, options: Config, cache: Path):
         self.options, self.cache = options, cache
 
     def prepare(self, progress: Callable[[str, int, int], None]) -> None:  # noqa: B027 - optional step
         """Download or check what is needed, once, before `plan`; progress(what, done, total)."""
+
+    def failures(self) -> list[Failure]:
+        """Return what could not be used (after `prepare`); all the rest is planned."""
+        return []
+
+    def token_specs(self) -> list[TokenSpec]:
+        """Return the spec of each modality that `info` says is brought (after `prepare`).
+
+        Its ids are the member "<modality>.npy" of each sample: (variants, slots) of the spec's dtype, as `npy` writes them.
+        """
+        return []
+
+    def left_out(self) -> list[dict[str, Any]]:
+        """Return what filters left out (after `prepare`): file, start, scores, and which filters did."""
+        return []
 
     @abstractmethod
     def info(self) -> DatasetInfo:
