@@ -7,7 +7,9 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nano4m_cli.errors import MediaError
+import numpy as np
+
+from nano4m_cli.errors import ConfigError, MediaError
 
 
 class Modality(ABC):
@@ -49,6 +51,10 @@ class Modality(ABC):
         if os.path.getsize(path) == 0:
             raise MediaError(f"'{text}' is empty (0 bytes)")
         return self.read_file(path)
+
+    def vary(self, raw: Any, rng: np.random.Generator) -> Any:
+        """Return another raw value that shows the same thing, for training on several variants of a sample."""
+        raise ConfigError(f"{self.name} has no variants: nothing says how it may differ and mean the same", "leave out variants=")
 
     def conversion(self, path: Path) -> str | None:
         """Return what reading a user's file changes (mode, rate, channels), or None."""

@@ -38,6 +38,14 @@ class Audio(Modality):
             return None
         return f"'{path}' has {info.samplerate} Hz and {info.channels} channel(s) and was converted to {RATE} Hz mono"
 
+    def vary(self, raw: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return the sound as another speaker or distance would give it: speed and pitch by 0.85 to 1.18 (as one: it is played
+        at another rate), begun up to 50 ms later, 4 dB louder or softer."""
+        speed, late, gain = np.exp(rng.uniform(-0.165, 0.165)), rng.integers(0, RATE // 20), 10 ** (rng.uniform(-4, 4) / 20)
+        at = np.arange(round(len(raw) / speed)) * speed
+        played = np.interp(at, np.arange(len(raw)), raw) * min(gain, 0.99 / max(float(np.abs(raw).max()), 1e-6))
+        return np.concatenate([np.zeros(late), played]).astype(np.float32)
+
     def write_file(self, raw: np.ndarray, path: Path) -> None:
         path.write_bytes(_encode(raw, "WAV"))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from nano4m_cli.config import Config
@@ -29,7 +30,10 @@ FLOOR = 1e-2  # about 62 dB under a loud tone: what lies below is the noise of 1
 
 class Tokenizer(GradientTokenizer):
     class Options(Config):
-        """frames: mel frames per code. window: samples per analysis window. griffin_lim: iterations when decoding."""
+        """frames: mel frames per code. window: samples per analysis window. griffin_lim: iterations when decoding.
+
+        variants: of each sample of the train split, the first as it is and the others varied (`Modality.vary`).
+        """
 
         frames: int = 3
         mels: int = 64
@@ -42,6 +46,7 @@ class Tokenizer(GradientTokenizer):
         emphasis: float = 1.0
         encoder_mixing: bool = False
         griffin_lim: int = 16
+        variants: int = Field(1, ge=1)
         fit_samples: int = 4_000
         fit_steps: int | None = None
 
@@ -88,7 +93,7 @@ class Tokenizer(GradientTokenizer):
         o = self.options
         return TokenSpec(
             modality=self.modality, kind="codes", shape=(self.steps, 1), vocab_size=int(np.prod(o.levels)),
-            levels=o.levels, tokenizer=self.ref(self.sha256),
+            levels=o.levels, tokenizer=self.ref(self.sha256), variants=o.variants,
             preprocess={"rate": RATE, "samples": self.samples, "hop": HOP, "window": o.window, "mels": o.mels},
         )
 

@@ -32,7 +32,7 @@ from nano4m_cli.data.sources._base import DatasetInfo
 from nano4m_cli.data.workspace import DatasetFolder
 from nano4m_cli.errors import ConfigError, DataError, ShardError, UnknownNameError, did_you_mean
 from nano4m_cli.registry import MODALITIES, TOKENIZERS
-from nano4m_cli.rng import permutation, torch_seed
+from nano4m_cli.rng import generator, permutation, torch_seed
 from nano4m_cli.spec import TokenSpec, read_spec
 from nano4m_cli.tokenizers._base import GradientTokenizer, Tokenizer, open_tokenizer, save_tokenizer
 from nano4m_cli.train import checkpoint
@@ -242,7 +242,7 @@ def tokenize(
     spec, path = tokenizer.spec(), dataset.spec_path(modality)
     if path.is_file():
         before = read_spec(path)
-        if before != spec:
+        if before.same_ids_as(spec) or before.variants != spec.variants:
             raise DataError(
                 f"{path} was written by another tokenizer: {before.same_ids_as(spec) or 'its options differ'}",
                 f"delete {dataset.tokens(modality)} to tokenize again",
@@ -284,6 +284,7 @@ def _fits(target: Path, raw: Path) -> bool:
 
 
 def _encode_shard(folder: Path, modality: str, raw: Path, target: Path) -> None:
+    """Encode one shard; only the train split is varied, others repeat the one variant there is."""
     tokenizer, kind, shard = open_tokenizer(folder), MODALITIES.get(modality), Shard(raw)
     spec = tokenizer.spec()
 
@@ -292,9 +293,14 @@ def _encode_shard(folder: Path, modality: str, raw: Path, target: Path) -> None:
             index = range(start, min(start + BATCH, len(shard)))
             where = [f"{raw}, '{shard.keys[i]}', {kind.ext}" for i in index]
             values = [kind.from_bytes(shard.read(i, kind.ext), w) for i, w in zip(index, where, strict=True)]
-            for i, w, ids in zip(index, where, tokenizer.encode(values, where), strict=True):
-                spec.check_ids(ids, w)
-                row = ids if spec.kind == "sequence" else ids[None]  # (variants, slots)
+            rows = [tokenizer.encode(values, where)]
+            for k in range(1, spec.variants):
+                draw = (generator(0, f"vary/{modality}/{shard.keys[i]}", k) for i in index)
+                varied = [kind.vary(v, g) for v, g in zip(values, draw, strict=True)] if raw.parent.name == "train" else None
+                rows.append(rows[0] if varied is None else tokenizer.encode(varied, where))
+            for i, w, *ids in zip(index, where, *rows, strict=True):
+                row = ids[0] if spec.kind == "sequence" else np.stack(ids)  # (variants, slots)
+                spec.check_ids(row, w)
                 yield shard.keys[i], {f"{modality}.npy": npy(row.astype(spec.dtype))}
 
     write_shard(target, samples())
