@@ -161,9 +161,9 @@ def fit_missing(
     wait; with a `part` nothing is encoded here, so that they do not wait for that too.
     """
     progress = progress or (lambda what, done, total: None)
-    folder = dataset.path / "tokenizers"
+    folder = dataset.path.parent / ".cache"
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / f"{dataset.name}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
