@@ -14,13 +14,14 @@ from codec_factory import WEIGHTS
 import nano4m_cli
 from nano4m_cli.config import Config, build
 from nano4m_cli.data.filters._base import Filter
+from nano4m_cli.data.labels._base import Label
 from nano4m_cli.data.sources._base import Source
 from nano4m_cli.errors import ConfigError, MediaError, TokenError, UnknownNameError, WeightsError
 from nano4m_cli.masking._base import Component, Key
 from nano4m_cli.modalities._base import Modality
 from nano4m_cli.probes._base import Probe
 from nano4m_cli.probes._evaluate import kind_of
-from nano4m_cli.registry import COMPONENTS, FILTERS, MODALITIES, PROBES, SOURCES, TOKENIZERS
+from nano4m_cli.registry import COMPONENTS, FILTERS, LABELS, MODALITIES, PROBES, SOURCES, TOKENIZERS
 from nano4m_cli.tokenizers._base import GradientTokenizer, Tokenizer, open_tokenizer, save_tokenizer
 from nano4m_cli.tokenizers._fsq import FSQ
 
@@ -142,6 +143,7 @@ FAMILIES = {
     "tokenizer": TOKENIZERS,
     "component": COMPONENTS,
     "filter": FILTERS,
+    "label": LABELS,
     "probe": PROBES,
 }
 MEMBERS = [(family, name) for family, registry in FAMILIES.items() for name in registry.names()]
@@ -157,7 +159,7 @@ def test_member_has_a_docstring_and_its_symbol(family, name):
     summary = registry.summary(name)
     assert len(summary) > 10 and len(summary) <= 120 and summary == summary.strip(), summary
     member = registry.get(name)
-    kinds = {"source": Source, "filter": Filter, "tokenizer": Tokenizer, "component": Component, "probe": Probe}
+    kinds = {"source": Source, "filter": Filter, "label": Label, "tokenizer": Tokenizer, "component": Component, "probe": Probe}
     if family == "modality":
         assert isinstance(member, Modality) and member.name == name
     else:
@@ -170,6 +172,10 @@ def test_member_has_a_docstring_and_its_symbol(family, name):
     if family == "filter":
         assert member.looks_at in ("audio", "rgb", "video") and member.unit
         assert member().keeps(member.threshold) and not member().keeps(member.threshold + (-1 if member.keeps_above else 1))
+    if family == "label":
+        assert name in MODALITIES and member.needs and all(m in MODALITIES for m in member.needs)
+        made = member().make({m: example(m) for m in member.needs})
+        assert close(name, made, MODALITIES.get(name).from_bytes(MODALITIES.get(name).to_bytes(made), "here"))
     if family == "probe":
         assert kind_of(name) in ("eval", "probe") and member.version >= 1
 
@@ -203,6 +209,8 @@ def example(modality: str, seed: int = 0):
     if modality == "normal":
         n = np.dstack([picture(seed)[..., :2] / 255.0 - 0.5, np.ones((16, 16))]).astype(np.float32)
         return n / np.linalg.norm(n, axis=-1, keepdims=True)
+    if modality == "edges":
+        return np.where(picture(seed).max(-1) > 110, 255, 0).astype(np.uint8)  # broad lines: learned in a few steps
     if modality == "audio":
         t = np.arange(6000) / 24_000
         wave = 0.4 * np.sin(2 * np.pi * rng.uniform(300, 2000) * t) * np.exp(-t * 8)
@@ -219,6 +227,7 @@ SIZE = {
     "rgb": {"size": [16, 16]},
     "depth": {"size": [16, 16]},
     "normal": {"size": [16, 16]},
+    "edges": {"size": [16, 16]},
     "audio": {"seconds": 0.25},
     "caption": {},
     "text": {},
@@ -229,7 +238,7 @@ def close(modality: str, a, b) -> bool:
     """Whether b is a as storage keeps it."""
     if MODALITIES.get(modality).kind == "text":
         return a == b
-    tolerance = {"rgb": 0, "depth": 5.1e-4, "normal": 0.01, "audio": 1 / 16000}[modality]
+    tolerance = {"rgb": 0, "edges": 0, "depth": 5.1e-4, "normal": 0.01, "audio": 1 / 16000}[modality]
     return a.shape == b.shape and a.dtype == b.dtype and float(np.abs(a.astype(np.float64) - b).max()) <= tolerance
 
 
@@ -503,6 +512,7 @@ def test_a_damaged_tokenizer_json_is_a_weights_error(text, tmp_path):
 
 
 WRONG = {
+    "edges": np.full((20, 24), 255, np.uint8),
     "rgb": np.zeros((16, 24, 3), np.uint8),
     "depth": np.ones((24, 16), np.float32),
     "normal": np.ones((8, 8, 3), np.float32),

@@ -35,17 +35,20 @@ def command(
 
     --json: {dataset, path, source, options, modalities, splits: {SPLIT: {samples, shards}}, made, kept,
     failures: [{file, reason}]};
-    with --list {sources: {NAME: summary}, filters: {NAME: summary}}.
+    with --list {sources: {NAME: summary}, filters: {NAME: summary},
+    derived: {NAME: summary}}.
     """
-    from nano4m_cli.registry import FILTERS, SOURCES
+    from nano4m_cli.registry import FILTERS, LABELS, SOURCES
 
     show = Show(as_json, quiet)
     if list_:
         sources = {name: SOURCES.summary(name) for name in SOURCES.names()}
         filters = {name: FILTERS.summary(name) for name in FILTERS.names()}
         show.table(["source", "what it is"], list(sources.items()))
+        labels = {name: LABELS.summary(name) for name in LABELS.names()}
         show.table(["filter", "what it leaves out"], list(filters.items()))
-        show.document({"sources": sources, "filters": filters})
+        show.table(["derived", "what is made"], list(labels.items()))
+        show.document({"sources": sources, "filters": filters, "derived": labels})
         return
     if source is None:
         raise UsageError("fetch needs a source", f"one of {', '.join(SOURCES.names())} (see 'nano4m fetch --list')")

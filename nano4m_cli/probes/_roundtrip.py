@@ -23,19 +23,17 @@ WAVES = 100  # clips whose phase is reconstructed, the slow part
 
 
 def fidelity(tokenizer: Tokenizer, raws: list[Any], ids: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """Return per-sample figures (N,) of decoded ids against the raw values, by the modality's kind.
+    """Return per-sample figures (N,) of decoded ids against the raw values, by their kind and form.
 
-    psnr (dB), ssim for pictures; absrel for depth; angle (degrees) for normals; mel (mean absolute difference of
+    psnr (dB), ssim for 8-bit pictures; absrel for metres; angle (degrees) for vectors; mel (mean absolute difference of
     log-mel, nats) for sound, of the codes alone (mel, where they are codes of log-mel) and, for the first `WAVES`, of the
     decoded sound (mel_wave); equal for text.
     """
     kind = MODALITIES.get(tokenizer.modality).kind
     truth = [tokenizer.comparable(r) for r in raws]
     made = tokenizer.decode(ids[:WAVES] if kind == "audio" else ids)
-    if tokenizer.modality == "depth":
-        return {"absrel": absrel(made, truth)}
-    if tokenizer.modality == "normal":
-        return {"angle": angle(made, truth)}
+    if kind == "image" and truth[0].dtype != np.uint8:
+        return {"absrel": absrel(made, truth)} if truth[0].ndim == 2 else {"angle": angle(made, truth)}
     if kind == "image":
         return {"psnr": psnr(made, truth), "ssim": _ssim(made, truth)}
     if kind == "audio":
@@ -56,7 +54,8 @@ def _ssim(made: list[np.ndarray], truth: list[np.ndarray]) -> np.ndarray:
     ensure_torchaudio()
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-    a, b = (torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2).float() / 255 for x in (made, truth))
+    a, b = (torch.from_numpy(np.stack(x)).float() / 255 for x in (made, truth))
+    a, b = (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2) for x in (a, b))
     return ssim(a, b, data_range=1.0, reduction="none", sigma=1.0, kernel_size=7).numpy()
 
 

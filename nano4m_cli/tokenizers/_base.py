@@ -91,6 +91,7 @@ class GradientTokenizer(Tokenizer):
 
     module: nn.Module
     data: Tensor
+    effort: float = 1.0  # times the usual number of steps, for what is harder than usual (known after `fit`)
 
     @abstractmethod
     def loss(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,8 +1,8 @@
-"""Pictures (RGB, depth, normals) to a grid of codes: patch autoencoder with finite scalar quantisation.
+"""Pictures (RGB, depth, normals, edges) to a grid of codes: patch autoencoder with finite scalar quantisation.
 
-Preprocessing (one place: `_to_unit`, undone by `_from_unit`): rgb is divided by 255; depth becomes log metres scaled
-to [0, 1] between the nearest and farthest depth of the train split; normals are kept as (x, y, z), decoded vectors
-are brought back to unit length.
+What a picture is, its raw form tells (`FORMS`), never its modality's name. Preprocessing (one place: `_to_unit`, undone by
+`_from_unit`): 8-bit values are divided by 255; metres become log metres scaled to [0, 1] between the nearest and farthest
+of the train split; vectors are kept as (x, y, z), decoded ones are brought back to unit length.
 """
 
 from __future__ import annotations
@@ -22,8 +22,16 @@ from nano4m_cli.spec import TokenSpec
 from nano4m_cli.tokenizers._base import GradientTokenizer, check_ids
 from nano4m_cli.tokenizers._patch_ae import PatchAutoencoder
 
-CHANNELS = {"rgb": 3, "normal": 3, "depth": 1}
-SCALE = {"rgb": "x / 255", "depth": "log metres to [0, 1]", "normal": "unit xyz"}
+# form: (channels, how it is scaled); uint8 (H, W, 3), uint8 (H, W), float (H, W, 3), float (H, W)
+FORMS = {
+    "colour": (3, "x / 255"), "grey": (1, "x / 255"), "vectors": (3, "unit xyz"), "metres": (1, "log metres to [0, 1]"),
+}
+BEFORE = {"depth": "metres", "normal": "vectors"}  # forms of tokenizers saved before the form was: by modality, else colour
+
+
+def form_of(raw: np.ndarray) -> str:
+    """Return the form of a raw picture."""
+    return ("grey", "colour")[raw.ndim - 2] if raw.dtype == np.uint8 else ("metres", "vectors")[raw.ndim - 2]
 
 
 class Tokenizer(GradientTokenizer):
@@ -52,8 +60,8 @@ class Tokenizer(GradientTokenizer):
 
     def __init__(self, modality: str, options: Config, size: dict[str, Any]):
         super().__init__(modality, options, size)
-        if modality not in CHANNELS:
-            raise ConfigError(f"fsq_image serves {', '.join(CHANNELS)}, not '{modality}'")
+        if "size" not in size:
+            raise ConfigError(f"fsq_image serves pictures, and the data set gives no size of '{modality}'")
         self.height, self.width = size["size"]
         p = options.patch
         if self.height % p or self.width % p:
@@ -62,25 +70,24 @@ class Tokenizer(GradientTokenizer):
                 f"choose {modality}.patch as a divisor of both",
             )
         self.grid = (self.height // p, self.width // p)
-        self.channels = CHANNELS[modality]
         self.sha256 = ""
 
     # -- raw <-> patches ------------------------------------------------------------------------------------------
 
     def _to_unit(self, raw: np.ndarray) -> np.ndarray:
         """Return float32 (H, W, C) of a raw picture."""
-        if self.modality == "rgb":
-            return raw.astype(np.float32) / 255.0
-        if self.modality == "depth":
+        if self.form == "metres":
             low, high = self.range
-            return ((np.log(np.maximum(raw, 1e-3)) - low) / (high - low)).astype(np.float32)[..., None]
-        return raw.astype(np.float32)
+            raw = (np.log(np.maximum(raw, 1e-3)) - low) / (high - low)
+        unit = raw.astype(np.float32) / (255.0 if raw.dtype == np.uint8 else 1.0)
+        return unit.reshape(*unit.shape[:2], -1)
 
     def _from_unit(self, x: np.ndarray) -> np.ndarray:
         """Return the raw picture of float32 (H, W, C)."""
-        if self.modality == "rgb":
-            return np.clip(np.rint(x * 255.0), 0, 255).astype(np.uint8)
-        if self.modality == "depth":
+        if self.form in ("colour", "grey"):
+            out = np.clip(np.rint(x * 255.0), 0, 255).astype(np.uint8)
+            return out if self.form == "colour" else out[..., 0]
+        if self.form == "metres":
             low, high = self.range
             return np.exp(np.clip(x[..., 0], 0, 1) * (high - low) + low).astype(np.float32)
         return (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6)).astype(np.float32)
@@ -102,6 +109,8 @@ class Tokenizer(GradientTokenizer):
                 f"this tokenizer takes {self.width} x {self.height}",
                 "fetch with the size that the tokenizer was fitted on, or fit a new one",
             )
+        if form_of(raw) != self.form:
+            raise MediaError(f"{where}: {self.modality} is a picture of {form_of(raw)}, this tokenizer takes {self.form}")
 
     def adapt(self, raw: np.ndarray) -> tuple[np.ndarray, str | None]:
         if raw.shape[:2] == (self.height, self.width):
@@ -112,7 +121,7 @@ class Tokenizer(GradientTokenizer):
         top, left = (h - ch) // 2, (w - cw) // 2
         box = (left, top, left + cw, top + ch)
         size = (self.width, self.height)
-        if self.modality == "rgb":
+        if raw.dtype == np.uint8:
             how = Image.Resampling.BOX if scale > 1 else Image.Resampling.BICUBIC
             out = np.asarray(Image.fromarray(raw).resize(size, how, box=box))
         else:  # depth and normals are never averaged across an edge
@@ -128,7 +137,7 @@ class Tokenizer(GradientTokenizer):
         return TokenSpec(
             modality=self.modality, kind="grid", shape=self.grid, vocab_size=int(np.prod(o.levels)), levels=o.levels,
             tokenizer=self.ref(self.sha256),
-            preprocess={"size": [self.height, self.width], "scale": SCALE[self.modality]},
+            preprocess={"size": [self.height, self.width], "scale": FORMS[self.form][1]},
         )
 
     def encode(self, raws: Sequence[np.ndarray], where: Sequence[str] | None = None) -> list[np.ndarray]:
@@ -158,26 +167,33 @@ class Tokenizer(GradientTokenizer):
 
     def fit(self, raws: Iterable[np.ndarray]) -> None:
         raws = list(raws)
+        self._make(form_of(raws[0]))
         for raw in raws:
             self._check(raw, "the train split")
-        self._make()
-        if self.modality == "depth":
+        if self.form == "metres":
             stacked = np.stack(raws)
             self.module.low.fill_(float(np.log(stacked[stacked > 0].min())))
             self.module.high.fill_(float(np.log(stacked.max())) + 1e-6)
         self.data = torch.from_numpy(self._patches(np.stack([self._to_unit(r) for r in raws])))
         self.module.centre(self.data)
 
-    def _make(self) -> None:
-        o = self.options
+    def _make(self, form: str) -> None:
+        o, self.form = self.options, form
         self.module = PatchAutoencoder(
-            self.grid, o.patch**2 * self.channels, o.levels, o.width, o.depth, o.encoder_mixing
+            self.grid, o.patch**2 * FORMS[form][0], o.levels, o.width, o.depth, o.encoder_mixing
         )
+        self.module.register_buffer("form", torch.tensor(list(FORMS).index(form)))
         self.module.register_buffer("low", torch.zeros(()))
         self.module.register_buffer("high", torch.ones(()))
 
     def build(self, state: dict[str, Tensor]) -> None:
-        self._make()
+        names = list(FORMS)
+        number = state.setdefault("form", torch.tensor(names.index(BEFORE.get(self.modality, "colour"))))
+        self._make(names[int(number)])
+
+    @property
+    def effort(self) -> float:
+        return 2.0 if self.form == "colour" else 1.0
 
     def loss(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss, mse = self.module.loss(self.data[index], self.options.emphasis)

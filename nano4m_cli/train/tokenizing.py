@@ -114,7 +114,7 @@ def fit_tokenizer(
 
 def default_training(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the training settings a tokenizer is fitted with unless a config says otherwise."""
-    usual = tokenizer.train["steps"] * (2 if tokenizer.modality == "rgb" else 1)  # colour is the hard one
+    usual = round(tokenizer.train["steps"] * tokenizer.effort)
     steps = getattr(tokenizer.options, "fit_steps", None) or usual
     return {"log_every": 100, "val_every": steps, "checkpoint_every": steps, **tokenizer.train, "steps": steps}
 

@@ -15,7 +15,7 @@ from nano4m_cli.data import media
 from nano4m_cli.data.sources._folder_items import Item
 from nano4m_cli.errors import MediaError
 from nano4m_cli.modalities.audio import RATE
-from nano4m_cli.registry import FILTERS, MODALITIES
+from nano4m_cli.registry import FILTERS, LABELS, MODALITIES
 
 CANDIDATES = 8  # frames looked at for each frame that is chosen by scene change
 
@@ -25,7 +25,7 @@ def inspect(item: Item, o: Any) -> dict[str, Any]:
 
     A file that breaks off keeps the clips before the break, and the problem says where that was.
     """
-    first = next(item.files[r] for r in ("video", "audio", "rgb", "depth", "normal") if r in item.files)
+    first = next(item.files[r] for r in ("video", "audio", *item.files) if r in item.files)
     look: dict[str, Any] = {"file": first, "sha256": "", "clips": [], "video": 0.0, "sound": 0.0, "problem": None, "notes": []}
     try:
         digest = hashlib.sha256()
@@ -95,9 +95,9 @@ def _times(path: Path, start: float, seconds: float, o: Any) -> list[float]:
 def read_clips(item: Item, clips: Sequence[dict[str, Any]], o: Any) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yield (clip, frame, raw values by modality) of every frame of the clips; one without frames counts as having one."""
     raw: dict[str, Any] = {}
-    for role in ("rgb", "depth", "normal"):
-        if role in item.files:
-            raw[role] = square(MODALITIES.get(role).read_file(Path(item.files[role])), o.size, smooth=role == "rgb")
+    for role, file in item.files.items():
+        if role in MODALITIES and MODALITIES.get(role).kind == "image":
+            raw[role] = square(MODALITIES.get(role).read_file(Path(file)), o.size, smooth=role == "rgb")
     source = item.files.get("audio") or item.files.get("video")
     heard = source and media.facts(Path(source)).audio
     pictures = media.frames(Path(item.files["video"]), [t for c in clips for t in c["frames"]]) if "video" in item.files else None
@@ -107,9 +107,19 @@ def read_clips(item: Item, clips: Sequence[dict[str, Any]], o: Any) -> Iterator[
             raw["audio"] = np.pad(wave, (0, max(0, round(o.seconds * RATE) - len(wave))))
         for f in range(len(clip["frames"])):
             raw["rgb"] = square(next(pictures), o.size)
-            yield c, f, dict(raw)
+            yield c, f, _derived(raw, o.derive)
         if not clip["frames"]:
-            yield c, 0, dict(raw)
+            yield c, 0, _derived(raw, o.derive)
+
+
+def _derived(raw: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return the raw values with those that are made from them; a file's own comes first."""
+    out = dict(raw)
+    for name in names:
+        label = LABELS.get(name)
+        if name not in raw and all(m in raw for m in label.needs):
+            out[name] = label().make(raw)
+    return out
 
 
 def square(picture: np.ndarray, size: int, smooth: bool = True) -> np.ndarray:

@@ -21,7 +21,7 @@ SUFFIXES = {
     "text": {".txt", ".json"},
 }
 ROLE = {suffix: role for role, suffixes in SUFFIXES.items() for suffix in suffixes}
-FILE_COLUMNS = ("file", "path", "filename", "file_name", "video", "audio", "rgb", "image", "depth", "normal")
+FILE_COLUMNS = ("file", "path", "filename", "file_name", "video", "audio", "rgb", "image", "depth", "normal", "edges")
 TEXT_COLUMNS = ("caption", "text", "transcript")
 
 
@@ -51,7 +51,7 @@ def by_stem(folder: Path) -> tuple[list[Item], list[Failure]]:
             continue
         role, stem = ROLE[suffix], name[: -len(suffix)]
         inner = Path(stem).suffix[1:]  # x.depth.png
-        if inner in MODALITIES and inner not in ("rgb", "audio", "caption") and role == "rgb":
+        if role == "rgb" and inner in MODALITIES and MODALITIES.get(inner).kind == "image":
             role, stem = inner, stem[: -len(inner) - 1]
         item = items.setdefault(stem, Item(stem))
         try:
@@ -121,7 +121,7 @@ def by_csv(folder: Path, table: Path, options: Any) -> tuple[list[Item], list[Fa
                 path = next((p for p in (folder / name, table.parent / name) if p.is_file()), None)
                 if path is None:
                     raise DataError("there is no such file")
-                role = column if column in ("depth", "normal") else ROLE.get(path.suffix.lower())
+                role = column if column in ("depth", "normal", "edges") else ROLE.get(path.suffix.lower())
                 if role in (None, "text"):
                     raise DataError(f"'{path.suffix}' is no kind of media that is read here")
                 item = _with_file(item, role, path)

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from nano4m_cli import rng
 from nano4m_cli.config import Config
@@ -25,7 +25,7 @@ from nano4m_cli.data.sources._folder_clips import inspect, read_clips
 from nano4m_cli.data.sources._folder_items import Item, by_csv, by_stem, captioned, key_of
 from nano4m_cli.errors import FetchError, did_you_mean
 from nano4m_cli.modalities.audio import RATE
-from nano4m_cli.registry import FILTERS, MODALITIES
+from nano4m_cli.registry import FILTERS, LABELS, MODALITIES
 
 ORDER = ("rgb", "depth", "normal", "audio", "caption")
 SPLITS = ("train", "val", "test")
@@ -52,6 +52,7 @@ class Source(_base.Source):
             caption: caption of items without one, made from labels: "a sound of {class}".
             label: the label that evaluations ask for, as an attribute.
             val, test: shares of these splits where no split is given; items of one group, or of the same bytes, stay together.
+            derive: modalities to make from others, on exactly their pixels: edges (of rgb), normal (of depth).
             filter: names of filters (black, clipping, frozen, silence); thresholds: others than their usual ones. What they
                 leave out is listed with its scores in left_out.json.
             broken: "report" ends with exit 1 after all the rest was made, "skip" with exit 0.
@@ -75,17 +76,19 @@ class Source(_base.Source):
         val_values: list[str] = ["val"]
         val: float = Field(0.05, ge=0, lt=1)
         test: float = Field(0.05, ge=0, lt=1)
+        derive: list[str] = []
         filter: list[str] = []
         thresholds: dict[str, float] = {}
         broken: Literal["report", "skip"] = "report"
         shard_size: int = Field(1000, ge=1)
 
-        @field_validator("filter")
+        @field_validator("filter", "derive")
         @classmethod
-        def _filters(cls, value: list[str]) -> list[str]:
+        def _known(cls, value: list[str], info: ValidationInfo) -> list[str]:
+            family = FILTERS if info.field_name == "filter" else LABELS
             for name in value:
-                if name not in FILTERS:
-                    raise ValueError(f"no filter '{name}'; {did_you_mean(name, FILTERS.names())}")
+                if name not in family:
+                    raise ValueError(f"no {family.kind} '{name}'; {did_you_mean(name, family.names())}")
             return sorted(set(value))
 
         @model_validator(mode="after")
@@ -125,7 +128,7 @@ class Source(_base.Source):
         """Where the inspection of exactly these files and options is kept."""
         items, _ = self._found
         stats = [(f, (s := Path(f).stat()).st_size, s.st_mtime_ns) for i in items for f in i.files.values()]
-        asked = self.options.model_dump(include={"seconds", "every", "size", "frames", "pick", "filter"})
+        asked = self.options.model_dump(include={"seconds", "every", "size", "frames", "pick", "filter", "derive"})
         return self.cache / f"{hashlib.sha256(repr((self.version, stats, asked)).encode()).hexdigest()[:24]}.json"
 
     def prepare(self, progress: Callable[[str, int, int], None]) -> None:
@@ -160,13 +163,14 @@ class Source(_base.Source):
                 good.append((item, {**look, "clips": clips}))
         for m in o.modalities:
             MODALITIES.get(m)
-        count = Counter(m for item, look in good for m in _has(item, look))
-        chosen = list(o.modalities) or [m for m in ORDER if count[m] * 2 >= len(good) and count[m]]
+        count = Counter(m for item, look in good for m in _has(item, look, o.derive))
+        usual = [m for m in dict.fromkeys([*ORDER, *sorted(count)]) if count[m] * 2 >= len(good) and count[m]]
+        chosen = list(o.modalities) or usual
         kept: dict[str, tuple[Item, dict[str, Any]]] = {}
         groups: dict[str, Item] = {}
         # Where the table itself puts the same thing into two splits, the later split keeps it: tests stay whole.
         for item, look in sorted(good, key=lambda g: (-SPLITS.index(g[0].split or "train"), g[0].id)):
-            lacks = [m for m in chosen if m not in _has(item, look)]
+            lacks = [m for m in chosen if m not in _has(item, look, o.derive)]
             group = item.group or look["sha256"]
             if lacks:
                 reason = f"has no {' and no '.join(lacks)}, which other items have"
@@ -223,6 +227,8 @@ class Source(_base.Source):
         silent = sum("video" in i.files and not look["sound"] for i, look in usable)
         videos = sum("video" in i.files for i, _ in usable)
         notes = [f"{len(usable)} items of {Path(o.path).name}"]
+        if made := [m for m in o.derive if m in chosen]:
+            notes.append(f"{' and '.join(made)} were computed from other modalities, not measured")
         if silent:
             notes.append(f"{silent} of {videos} videos have no sound: " + ("they were left out" if "audio" in chosen else
                          "there is no audio in this data set"))
@@ -286,10 +292,11 @@ class Source(_base.Source):
                 yield Sample(key, _members(item, raw, labels, *plan.items[1:]))
 
 
-def _has(item: Item, look: dict[str, Any]) -> set[str]:
+def _has(item: Item, look: dict[str, Any], derive: Sequence[str]) -> set[str]:
     """Return the modalities that an inspected item offers."""
     pictures = {"rgb"} if "video" in item.files and look["video"] else set()
-    pictures |= set(item.files) & {"rgb", "depth", "normal"}
+    pictures |= {m for m in item.files if m in MODALITIES and MODALITIES.get(m).kind == "image"}
+    pictures |= {m for m in derive if set(LABELS.get(m).needs) <= pictures}
     return pictures | ({"audio"} if look["sound"] else set()) | ({"caption"} if item.caption else set())
 
 
