@@ -45,10 +45,13 @@ def inspect(item: Item, o: Any) -> dict[str, Any]:
             look["sound"] = media.facts(Path(item.files["audio"])).audio
         spans = [s for s in (look["video"], look["sound"]) if s]
         whole = min(spans, default=0.0)
+        if spans and item.start >= whole:
+            raise MediaError(f"lasts {whole:.2f} s, the part asked for starts at {item.start:g} s")
         if spans and max(spans) - whole > 0.5:
             look["notes"].append(f"{Path(first).name} has {look['video']:.1f} s of picture and {look['sound']:.1f} s of sound: "
                                  "the shorter counts")
-        every, starts = o.every or o.seconds, [0.0]
+        whole = min(whole, item.end or whole)
+        every, starts = o.every or o.seconds, [item.start]
         while spans and starts[-1] + every + o.seconds <= whole + media.SLACK:
             starts.append(starts[-1] + every)
         lengths = [min(o.seconds, whole - start) if spans else 0.0 for start in starts]

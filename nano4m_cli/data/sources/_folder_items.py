@@ -29,7 +29,8 @@ TEXT_COLUMNS = ("caption", "text", "transcript")
 class Item:
     """Files by role ("video", "audio" or an image modality), and what is said of them. Picklable.
 
-    group: items of one group go to one split (None: its content is its group).
+    group: items of one group go to one split (None: its content is its group). start, end: seconds of the part of the
+    files that is meant (end None: to their end).
     """
 
     id: str
@@ -38,6 +39,8 @@ class Item:
     labels: dict[str, str] = field(default_factory=dict)
     split: str | None = None
     group: str | None = None
+    start: float = 0.0
+    end: float | None = None
 
 
 def by_stem(folder: Path) -> tuple[list[Item], list[Failure]]:
@@ -85,18 +88,47 @@ def _with_text(item: Item, path: Path) -> Item:
     return replace(item, caption=said and " ".join(said.split()), labels={**item.labels, **labels})
 
 
+def read_table(table: Path, columns: Sequence[str] = ()) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Return the columns of a csv and its rows with their line numbers; without `columns` its first line names them.
+
+    Lines that begin with '#' are comments, as AudioSet's lists have them.
+    """
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            lines = [(n, row) for n, row in enumerate(csv.reader(file, skipinitialspace=True), 1) if row and row[0][:1] != "#"]
+    except (OSError, UnicodeDecodeError, csv.Error) as err:
+        raise FetchError(f"cannot read the table '{table}': {err}") from err
+    if not columns:
+        if not lines:
+            raise FetchError(f"the table '{table}' is empty")
+        columns, lines = lines[0][1], lines[1:]
+    for number, row in lines:
+        if len(row) != len(columns):
+            raise FetchError(f"'{table}', line {number}: {len(row)} fields, {len(columns)} columns ({', '.join(columns)})")
+    return list(columns), [(n, dict(zip(columns, (c.strip() for c in row), strict=True))) for n, row in lines]
+
+
+def seconds_of(row: dict[str, str], column: str, usual: float | None) -> float | None:
+    """Return the seconds in a column, `usual` where there is none; what is no time is a DataError."""
+    text = row.get(column, "")
+    if not text:
+        return usual
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise DataError(f"{column} '{text}' is no time in seconds")
+    return value
+
+
 def by_csv(folder: Path, table: Path, options: Any) -> tuple[list[Item], list[Failure]]:
     """Return an item per row: columns of files (relative to the folder or to the csv), of a caption, and labels.
 
     Args:
-        options: of the source: `text`, `label`, `split`, `group` name columns.
+        options: of the source: `columns`; `text`, `label`, `split`, `group` name columns.
     """
-    try:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns, rows = list(reader.fieldnames or []), list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as err:
-        raise FetchError(f"cannot read the table '{table}': {err}") from err
+    columns, rows = read_table(table, options.columns)
     files = [c for c in columns if c in FILE_COLUMNS]
     if not files:
         raise FetchError(f"'{table}' has no column of files (it has {', '.join(columns)})", f"call one {' or '.join(FILE_COLUMNS)}")
@@ -108,14 +140,19 @@ def by_csv(folder: Path, table: Path, options: Any) -> tuple[list[Item], list[Fa
     split = options.split or ("split" if "split" in columns else None)
     items: dict[str, Item] = {}
     failures: list[Failure] = []
-    for number, row in enumerate(rows, 2):
-        given = {c: row[c].strip() for c in files if (row[c] or "").strip()}
+    for number, row in rows:
+        given = {c: row[c] for c in files if row[c]}
         where = next(iter(given.values()), f"line {number} of {table.name}")
         try:
+            start, end = seconds_of(row, "start", 0.0), seconds_of(row, "end", None)
+            if end is not None and end <= start:
+                raise DataError(f"ends at {end:g} s, before it starts ({start:g} s)")
             item = Item(
-                _stem(where), caption=" ".join((row[text] or "").split()) or None if text else None,
-                labels={c: row[c] for c in columns if c not in (*files, text) and row[c]},
-                split=_split_of(row[split] or "", options) if split else None, group=row[options.group] if options.group else None,
+                _stem(where) + (f"@{start:g}" if row.get("start") else ""),
+                caption=" ".join(row[text].split()) or None if text else None,
+                labels={c: row[c] for c in columns if c not in (*files, text, "start", "end") and row[c]},
+                split=split_of(row[split], options) if split else None, group=row[options.group] if options.group else None,
+                start=start, end=end,
             )
             for column, name in given.items():
                 path = next((p for p in (folder / name, table.parent / name) if p.is_file()), None)
@@ -139,7 +176,7 @@ def _stem(name: str) -> str:
     return name[: -len(Path(name).suffix)] if Path(name).suffix else name
 
 
-def _split_of(value: str, options: Any) -> str:
+def split_of(value: str, options: Any) -> str:
     """Return the split that a table's value stands for."""
     value = value.strip()
     if value in options.test_values:

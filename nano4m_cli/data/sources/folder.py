@@ -41,8 +41,9 @@ class Source(_base.Source):
         Attributes:
             path: the folder. Files of one path but for the suffix belong together: x.mp4, x.depth.png, x.txt, x.json.
             csv: a table instead (path relative to the folder or absolute): columns file, path, video, audio, rgb, image,
-                depth, normal name files; text=, label=, split=, group= name columns. test_values and val_values say which
-                values of the split column are which (the others are train).
+                depth, normal, edges name files, start and end the part that is meant, in seconds; text=, label=, split=,
+                group= name columns. test_values and val_values say which values of the split column are which (the others
+                are train). columns: their names, for a table whose first line does not hold them.
             name: of the data set; the folder's name by default.
             modalities: which to take; by default those that at least half of the items have.
             seconds: length of clips and sounds; what is shorter is padded with silence.
@@ -60,6 +61,7 @@ class Source(_base.Source):
 
         path: str
         csv: str | None = None
+        columns: list[str] = []
         name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
         modalities: list[str] = []
         seconds: float = Field(5.0, gt=0, le=600)
@@ -98,6 +100,13 @@ class Source(_base.Source):
                     raise ValueError(f"a threshold of '{name}', which is not among the filters asked for")
             return self
 
+        @field_validator("caption", mode="before")
+        @classmethod
+        def _template(cls, value: Any) -> Any:
+            if isinstance(value, dict) and list(value.values()) == [None]:
+                return "{" + str(next(iter(value))) + "}"  # caption={class} alone reads as a YAML mapping
+            return value
+
         @field_validator("test_values", "val_values", mode="before")
         @classmethod
         def _texts(cls, value: Any) -> list[str]:
@@ -127,7 +136,7 @@ class Source(_base.Source):
     def _record(self) -> Path:
         """Where the inspection of exactly these files and options is kept."""
         items, _ = self._found
-        stats = [(f, (s := Path(f).stat()).st_size, s.st_mtime_ns) for i in items for f in i.files.values()]
+        stats = [(i.start, i.end, f, (s := Path(f).stat()).st_size, s.st_mtime_ns) for i in items for f in i.files.values()]
         asked = self.options.model_dump(include={"seconds", "every", "size", "frames", "pick", "filter", "derive"})
         return self.cache / f"{hashlib.sha256(repr((self.version, stats, asked)).encode()).hexdigest()[:24]}.json"
 
@@ -166,22 +175,22 @@ class Source(_base.Source):
         count = Counter(m for item, look in good for m in _has(item, look, o.derive))
         usual = [m for m in dict.fromkeys([*ORDER, *sorted(count)]) if count[m] * 2 >= len(good) and count[m]]
         chosen = list(o.modalities) or usual
-        kept: dict[str, tuple[Item, dict[str, Any]]] = {}
+        kept: dict[tuple, tuple[Item, dict[str, Any]]] = {}
         groups: dict[str, Item] = {}
         # Where the table itself puts the same thing into two splits, the later split keeps it: tests stay whole.
         for item, look in sorted(good, key=lambda g: (-SPLITS.index(g[0].split or "train"), g[0].id)):
             lacks = [m for m in chosen if m not in _has(item, look, o.derive)]
-            group = item.group or look["sha256"]
+            group, same = item.group or look["sha256"], (look["sha256"], item.start, item.end)
             if lacks:
                 reason = f"has no {' and no '.join(lacks)}, which other items have"
-            elif look["sha256"] in kept:
-                reason = f"has the same content as {kept[look['sha256']][1]['file']}"
+            elif same in kept:
+                reason = f"has the same content as {kept[same][1]['file']}"
             elif group in groups and groups[group].split != item.split:
                 reason = f"group '{group}' stands in split {groups[group].split} as well (a {item.split} item)"
             elif o.label and o.label not in item.labels:
                 reason = f"has no label '{o.label}'"
             else:
-                kept[look["sha256"]], groups[group] = (item, look), item
+                kept[same], groups[group] = (item, look), item
                 continue
             failures.append(Failure(look["file"], reason))
         if not kept:
@@ -221,7 +230,8 @@ class Source(_base.Source):
 
     def info(self) -> DatasetInfo:
         o, (usable, chosen, failures) = self.options, self._usable
-        content = repr([(look["sha256"], i.caption, sorted(i.labels.items()), i.split, i.group) for i, look in usable])
+        told = [(i.start, i.end, i.caption, sorted(i.labels.items()), i.split, i.group) for i, _ in usable]
+        content = repr([(look["sha256"], *t) for (_, look), t in zip(usable, told, strict=True)])
         picture = {"size": [o.size, o.size]}
         sizes = {m: {"seconds": o.seconds, "rate": RATE} if m == "audio" else picture for m in chosen if m != "caption"}
         silent = sum("video" in i.files and not look["sound"] for i, look in usable)
