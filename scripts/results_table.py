@@ -6,7 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-WANTED = ("_acc", "_acc_novel", "absrel", "absrel_ratio", "angle", "angle_ratio", "/r1", "/r5", "psnr", "equal")
+WANTED = ("_acc", "_acc_novel", "absrel", "absrel_ratio", "absrel_likeliest_ratio", "angle", "angle_ratio",
+          "angle_likeliest_ratio", "/r1", "/r5", "psnr", "equal")
 
 
 def main(run: Path) -> None:
