@@ -64,7 +64,8 @@ class Source(folder.Source):
             raise FetchError(f"'{self.place}' has no meta/esc50.csv", "give path=DIR of the unpacked ESC-50 repository")
         items, failures = by_csv(self.place / "audio", table, self.options)
         named = [replace(i, labels={**i.labels, "category": i.labels["category"].replace("_", " ")}) for i in items]
-        return captioned([i for i in named if not self.options.esc10 or i.labels["esc10"] == "True"], self.options.caption), failures
+        wanted = [i for i in named if not self.options.esc10 or i.labels["esc10"] == "True"]
+        return captioned(wanted, self.options.caption), failures
 
     def info(self) -> DatasetInfo:
         made, name = super().info(), "esc10" if self.options.esc10 else "esc50"
