@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from nano4m_cli.cli import _show
 from nano4m_cli.cli._app import COMMANDS, app
+from nano4m_cli.registry import SOURCES
 
 TINY = ["judge=0", "train=8", "val=4", "test=4", "test_novel=4", "shard_size=4", "size=16"]
 ENV = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", "NANO4M_ROOT": ""}
@@ -237,6 +238,15 @@ def test_fetch_dry_run_writes_nothing(here):
     more = json.loads(run("fetch", "scenes", *TINY[1:], "--dry-run", "--json").stdout)
     assert more["splits"]["judge"] == {"samples": 1, "shards": 1}, "an eighth of train, for judges only"
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", SOURCES.names())
+def test_options_of_a_source_are_listed(name):
+    result = run("fetch", name, "--list")
+    assert result.exit_code == 0 and SOURCES.summary(name) in result.stdout and "default" in result.stdout, result.output
+    listed = json.loads(run("fetch", name, "--list", "--json").stdout)["options"]
+    assert list(listed) == list(SOURCES.get(name).Options.model_fields)
+    fails(run("fetch", "scens", "--list"), 2, "did you mean 'scenes'?")
 
 
 # -- tokenize ---------------------------------------------------------------------------------------------------------

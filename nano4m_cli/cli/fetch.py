@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +17,7 @@ SHOWN = 20  # failures printed; all of them are in failures.json
 def command(
     source: Annotated[str | None, typer.Argument(metavar="SOURCE", help="See --list.")] = None,
     settings: Settings = None,
-    list_: Annotated[bool, typer.Option("--list", help="List the sources.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the sources, or the options of SOURCE.")] = False,
     workers: Workers = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be made (a source may download to its cache for that).")
@@ -32,15 +33,19 @@ def command(
     nano4m fetch digits mirror=DIR
     nano4m fetch folder path=DIR
     nano4m fetch --list
+    nano4m fetch folder --list
 
     --json: {dataset, path, source, options, modalities, splits: {SPLIT: {samples, shards}}, made, kept,
     failures: [{file, reason}]};
     with --list {sources: {NAME: summary}, filters: {NAME: summary},
-    derived: {NAME: summary}}.
+    derived: {NAME: summary}}, for a SOURCE {source, options: {NAME: default}, help}.
     """
     from nano4m_cli.registry import FILTERS, LABELS, SOURCES
 
     show = Show(as_json, quiet)
+    if list_ and source is not None:
+        _options(show, SOURCES.get(source).Options, source, SOURCES.summary(source))
+        return
     if list_:
         sources = {name: SOURCES.summary(name) for name in SOURCES.names()}
         filters = {name: FILTERS.summary(name) for name in FILTERS.names()}
@@ -92,3 +97,14 @@ def command(
             f"{len(failures)} files could not be used" + ("" if dry_run else f" (all of them: {path / 'raw' / 'failures.json'})"),
             "the others are there; mend these and fetch again, or accept it with broken=skip",
         )
+
+
+def _options(show: Show, options: Any, name: str, summary: str) -> None:
+    """Show the options of a source: what they mean, and their defaults."""
+    fields = options.model_fields
+    default = {k: None if f.is_required() else f.get_default(call_default_factory=True) for k, f in fields.items()}
+    shown = lambda k: "(needed)" if fields[k].is_required() else "null" if default[k] is None else str(default[k])  # noqa: E731
+    help_ = inspect.getdoc(options) or ""
+    show.line(f"{name}: {summary}\n\n{help_}\n")
+    show.table(["option", "default"], [[k, shown(k)] for k in fields])
+    show.document({"source": name, "options": default, "help": help_})

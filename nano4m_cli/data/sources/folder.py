@@ -22,7 +22,7 @@ from nano4m_cli.data._atomic import write_json
 from nano4m_cli.data.sources import _base
 from nano4m_cli.data.sources._base import Attribute, DatasetInfo, Failure, Sample, ShardPlan
 from nano4m_cli.data.sources._folder_clips import inspect, read_clips
-from nano4m_cli.data.sources._folder_items import Item, by_csv, by_stem, captioned, key_of
+from nano4m_cli.data.sources._folder_items import ROLE, Item, by_csv, by_stem, captioned, key_of
 from nano4m_cli.errors import FetchError, did_you_mean
 from nano4m_cli.modalities.audio import RATE
 from nano4m_cli.registry import FILTERS, LABELS, MODALITIES
@@ -129,7 +129,7 @@ class Source(_base.Source):
             raise FetchError(f"no table '{o.csv}' (nor in {folder})")
         items, failures = by_csv(folder, table, o) if table else by_stem(folder)
         if not items and not failures:
-            raise FetchError(f"'{o.path}' holds no video, sound or picture", "see 'nano4m fetch --help' for what is read")
+            raise FetchError(f"'{o.path}' holds no video, sound or picture", f"read are {', '.join(sorted(ROLE))}")
         return captioned(items, o.caption), failures
 
     @cached_property
