@@ -573,3 +573,30 @@ def test_ranks_share_a_step_exactly(ranks):
         strided = [SampleOrder(50, 0).at(counters[r::ranks]) for r in range(ranks)]
         assert np.array_equal(np.concatenate(parts), whole)
         assert np.array_equal(np.stack(strided, 1).reshape(-1), whole)
+
+
+@pytest.mark.parametrize("key", ["k{}", "k{}-" + "long-" * 22])
+def test_the_index_written_beside_a_shard_is_that_of_a_scan(tmp_path, key):
+    """Also where a name needs more than one header, and where members are empty or fill whole blocks."""
+    path = tmp_path / "shard-000000.tar"
+    sizes = [0, 1, 511, 512, 513, 5000]
+    content = lambda size: {"a.bin": bytes(size), "b.txt": b"x" * (size // 2), "labels.json": b"{}"}  # noqa: E731
+    rows = [(key.format(i), content(size)) for i, size in enumerate(sizes)]
+    assert shards.write_shard(path, iter(rows)) == len(sizes)
+    written, scanned = shards.read_index(path), shards._scan(path)
+    assert written.keys == scanned.keys == [k for k, _ in rows] and written.tar_bytes == scanned.tar_bytes
+    for name in ("a.bin", "b.txt", "labels.json"):
+        assert np.array_equal(written.offset[name], scanned.offset[name]) and np.array_equal(written.size[name], scanned.size[name])
+    shard = shards.Shard(path)
+    assert all(shard.read(i, "a.bin") == bytes(size) for i, size in enumerate(sizes))
+    shards.verify_shard(path)
+
+
+@pytest.mark.parametrize("array", [np.arange(6, dtype="<u2").reshape(2, 3), np.zeros((1, 0), "<u4"),
+                                   np.arange(6, dtype="<u2").reshape(2, 3).T])
+def test_npy_bytes_are_numpys_own(array):
+    out = io.BytesIO()
+    np.save(out, np.ascontiguousarray(array), allow_pickle=False)
+    assert shards.npy(array) == out.getvalue()
+    back = np.load(io.BytesIO(shards.npy(array)), allow_pickle=False)
+    assert np.array_equal(back, array) and back.dtype == array.dtype

@@ -16,6 +16,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from nano4m_cli.errors import AlignmentError, ShardError
 KEY = re.compile(r"^[A-Za-z0-9_-]+$")
 PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")
 INDEX_FORMAT = 1
+BLOCK = tarfile.BLOCKSIZE
 
 
 def shard_name(index: int) -> str:
@@ -47,10 +49,16 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def npy(ids: np.ndarray) -> bytes:
-    """Return an array as npy bytes."""
+    """Return an array of numbers as npy bytes."""
+    assert not ids.dtype.hasobject, ids.dtype
+    return _npy_header(ids.dtype, ids.shape) + ids.tobytes()
+
+
+@lru_cache(maxsize=256)
+def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     out = io.BytesIO()
-    np.lib.format.write_array(out, np.ascontiguousarray(ids), version=(1, 0), allow_pickle=False)
-    return out.getvalue()
+    np.lib.format.write_array(out, np.zeros(shape, dtype), version=(1, 0), allow_pickle=False)
+    return out.getvalue()[: -int(np.prod(shape)) * dtype.itemsize or None]
 
 
 def write_shard(path: Path, samples: Iterator[tuple[str, dict[str, bytes]]]) -> int:
@@ -59,8 +67,9 @@ def write_shard(path: Path, samples: Iterator[tuple[str, dict[str, bytes]]]) -> 
     The bytes depend on the samples only (no times, owners or file names inside). Keys must be letters, digits, '_' or
     '-' (a dot would split silently) and stand once; every sample has the same members.
     """
-    keys: set[str] = set()
+    keys: dict[str, None] = {}
     members: list[str] | None = None
+    rows: list[list[tuple[int, int]]] | None = []  # per sample (offset, size) of its members; None: to be read from the tar
     with atomic_file(path) as file, contextlib.ExitStack() as stack:
         writer = stack.enter_context(contextlib.closing(wds.TarWriter(file, mtime=0, encoder=False)))
         for key, sample in samples:
@@ -74,10 +83,23 @@ def write_shard(path: Path, samples: Iterator[tuple[str, dict[str, bytes]]]) -> 
             for name in names:
                 if name.rsplit(".")[-1] in PICKLES:
                     raise ShardError(f"{path}: member '{name}' is a pickle; pickles are neither written nor read")
-            members = names
-            keys.add(key)
+            members, at, row = names, writer.tarstream.offset, []
+            keys[key] = None
             writer.write({"__key__": key, **sample})
-    index = _scan(path)
+            for size in (len(sample[name]) for name in names):
+                row.append((at + BLOCK, size))
+                at += BLOCK - (-size // BLOCK) * BLOCK  # a header, and the content up to a whole block
+            if at != writer.tarstream.offset:
+                rows = None  # a name was too long for one header
+            if rows is not None:
+                rows.append(row)
+    if rows is None or members is None:
+        index = _scan(path)
+    else:
+        table = np.array(rows, dtype=np.int64)  # (samples, members, 2)
+        columns = {name: table[:, i] for i, name in enumerate(members)}
+        index = ShardIndex(list(keys), {n: c[:, 0] for n, c in columns.items()}, {n: c[:, 1] for n, c in columns.items()},
+                           path.stat().st_size)
     _write_index(path, index)
     return len(keys)
 
