@@ -43,7 +43,7 @@ def command(
 
     --json: {dataset, modalities: {M: {tokenizer, kind, shape, vocab_size, fitted, made, kept, samples, figures,
     sheet, split, n}}}; with --dry-run {dataset, modalities: {M: {tokenizer, fitted, options, samples}}}; with --check
-    {dataset, samples: {SPLIT: {M: n}}}; with --list {tokenizers: {NAME: summary}}.
+    {dataset, samples: {SPLIT: {M: n}}, fresh: {M: share}, repeated: {SPLIT: {M: n}}}; with --list {tokenizers: {NAME: summary}}.
     """
     show = Show(as_json, quiet)
     if list_:
@@ -67,9 +67,16 @@ def command(
     if check:
         chosen = chosen if modality else [m for m in chosen if m in folder.tokenised()]
         counts = tokenizing.check(folder, chosen)
+        twice, fresh = tokenizing.repeated(folder), tokenizing.agreement(folder, chosen)
         show.table(["split", *chosen], [[split, *per.values()] for split, per in counts.items()])
         show.line(f"{folder.name}: raw and token shards are whole and aligned")
-        show.document({"dataset": folder.name, "samples": counts})
+        for name, part in fresh.items():
+            show.line(f"{name}: {part:.1%} of the ids are what encoding anew gives")
+        for split, per in twice.items():
+            for name, n in per.items():
+                if n:
+                    show.say(f"notice: {n} samples of {split} have the {name} of a sample in an earlier split, byte for byte")
+        show.document({"dataset": folder.name, "samples": counts, "fresh": fresh, "repeated": twice})
         return
     if dry_run:
         plans = {m: _plan(folder, m, options[m]) for m in chosen}

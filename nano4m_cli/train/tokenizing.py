@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed, wait
@@ -362,6 +363,57 @@ def check(dataset: DatasetFolder, modalities: Sequence[str]) -> dict[str, dict[s
             for variant in range(max(s.variants for s in data.layout.specs)):
                 data.read(index, np.full_like(index, variant))
     return counts
+
+
+def repeated(dataset: DatasetFolder) -> dict[str, dict[str, int]]:
+    """Return per split and modality how many samples have, byte for byte, the picture or sound of one in an earlier split.
+
+    Captions repeat by nature and are left out, and so are modalities that came as tokens.
+    """
+    info = dataset.info()
+    media = [MODALITIES.get(m) for m in info.modalities if m not in info.brought and MODALITIES.get(m).kind != "text"]
+    seen: dict[str, set[bytes]] = {kind.name: set() for kind in media}
+    counts: dict[str, dict[str, int]] = {}
+    for split, n in info.splits.items():
+        raw = Split(dataset.raw(split)) if n else None
+        counts[split] = {}
+        for kind in media if raw else []:
+            members = (shard.read(i, kind.ext) for shard in raw.shards for i in range(len(shard)))
+            here = [hashlib.blake2b(member, digest_size=16).digest() for member in members]
+            counts[split][kind.name] = sum(h in seen[kind.name] for h in here)
+            seen[kind.name].update(here)
+    return counts
+
+
+def agreement(dataset: DatasetFolder, modalities: Sequence[str], samples: int = 32) -> dict[str, float]:
+    """Return per modality the share of ids that encoding anew gives again, over the first samples of every split.
+
+    Less than 1 is rounding on another machine; less than .9 is another tokenizer, a DataError.
+    """
+    info, out = dataset.info(), {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as when they were made
+    try:
+        for m in modalities:
+            if m in info.brought:
+                continue
+            tokenizer, same, total = open_tokenizer(dataset.tokenizer(m)), 0, 0
+            for split, n in info.splits.items():
+                index = range(min(samples, n))
+                if not index:
+                    continue
+                stored, length = TokenData(dataset, split, [m]).read(np.arange(len(index)))
+                for row, k, ids in zip(stored, length[:, 0], tokenizer.encode(read_raw(dataset, split, m, index)), strict=True):
+                    same, total = same + int((row[:k] == ids[:k]).sum() if len(ids) == k else 0), total + int(k)
+            out[m] = same / max(total, 1)
+            if out[m] < 0.9:
+                raise DataError(
+                    f"the {m} tokens of '{dataset.name}' are not what its tokenizer gives: {out[m]:.1%} of the ids are",
+                    f"delete {dataset.tokens(m)} and run 'nano4m tokenize --modality {m}'",
+                )
+    finally:
+        torch.set_num_threads(threads)
+    return out
 
 
 def fit_from_config(config: TokenizerRunConfig, dataset: DatasetFolder, run: Path, resume: bool, callback) -> Tokenizer:
