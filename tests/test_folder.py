@@ -18,6 +18,7 @@ from PIL import Image
 from nano4m_cli.data import media
 from nano4m_cli.data.fetch import fetch, open_source
 from nano4m_cli.data.shards import Split
+from nano4m_cli.data.sources.folder import worded
 from nano4m_cli.data.workspace import Workspace
 from nano4m_cli.errors import FetchError, MediaError
 from nano4m_cli.registry import MODALITIES
@@ -355,6 +356,26 @@ def test_a_table_gives_captions_labels_groups_and_splits(tmp_path):
     assert {l["labels"]["fold"] for l, _ in samples["test"].values()} == {"4"}
     again = run(tmp_path, *options)
     assert again[0] == info
+
+
+@pytest.mark.parametrize("words, caption, span", [
+    ("dog", "a dog barks", (2, 5)), ("dog", "hotdogs", None), ("(live) music!", "(live) music!", (0, 13)),
+    ("c++", "in c++ now", (3, 6)), ("Dog", "a dog", None),
+])
+def test_words_are_found_whole(words, caption, span):
+    assert worded(words, caption) == span
+
+
+def test_labels_with_punctuation_are_worded(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for i in range(3):
+        tone(folder / f"{i}.wav", 0.4, hertz=200 + 40 * i)
+    table(folder / "list.csv", [{"file": f"{i}.wav", "kind": ("music (live)", "bird chirping, tweeting")[i % 2]} for i in range(3)])
+    info, _, samples = run(tmp_path, f"path={folder}", "csv=list.csv", "label=kind", "caption={kind}", "seconds=0.4")
+    assert info.attributes["kind"].surfaces["music (live)"] == ["music (live)"]
+    for labels, raw in everything(samples):
+        assert labels["fields"][0]["span"] == [0, len(raw["caption"])]
 
 
 def test_a_group_in_two_splits_stays_in_the_test_split(tmp_path):

@@ -268,7 +268,7 @@ class Source(_base.Source):
         for item, _ in self._usable[0]:
             said.setdefault(item.labels[label], set()).add(item.caption)
         surfaces = {v: [v.lower()] for v in said}
-        if not all(re.search(rf"\b{re.escape(v.lower())}\b", c) for v, captions in said.items() for c in captions):
+        if not all(worded(v.lower(), c) for v, captions in said.items() for c in captions):
             if any(len(captions) > 1 for captions in said.values()):
                 return {}
             surfaces = {v: list(captions) for v, captions in said.items()}
@@ -310,6 +310,12 @@ def _has(item: Item, look: dict[str, Any], derive: Sequence[str]) -> set[str]:
     return pictures | ({"audio"} if look["sound"] else set()) | ({"caption"} if item.caption else set())
 
 
+def worded(words: str, caption: str) -> tuple[int, int] | None:
+    """Return where words stand in a caption, as whole words, or None."""
+    found = re.search(rf"(?<!\w){re.escape(words)}(?!\w)", caption)
+    return found.span() if found else None
+
+
 def _runs(rows: list[tuple[Item, dict, int]]) -> Iterator[tuple[tuple[Item, dict], list[tuple[Item, dict, int]]]]:
     """Yield (item, look) with the rows of it that follow one another."""
     for _, run in itertools.groupby(rows, key=lambda row: id(row[0])):
@@ -328,7 +334,7 @@ def _members(
         members["caption.txt"] = item.caption.encode()
     for name, attribute in attributes.items():
         value = item.labels[name]
-        span = re.search(rf"\b{re.escape(attribute.surfaces[value][0])}\b", item.caption).span()
+        span = worded(attribute.surfaces[value][0], item.caption)
         labels["objects"] = [{name: value}]
         labels["fields"] = [{"attribute": name, "object": 0, "span": list(span), "wording": 0}]
     return members | {"labels.json": json.dumps(labels, ensure_ascii=False).encode()}
