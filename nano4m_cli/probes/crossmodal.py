@@ -93,8 +93,10 @@ class Probe(Base):
 
     def _measured(self, context: Context, target: str, error, unit: str) -> list[Metric]:
         truth = context.raw(target)
-        made = context.decoded(["rgb"], [target], target, estimate(context, target))
-        likeliest = error(context.decoded(["rgb"], [target], target, LIKELIEST), truth)
+        how = estimate(context, target)
+        made = context.decoded(["rgb"], [target], target, how)
+        ids = context.ids(target, context.generate(["rgb"], [target], how).ids_BC)  # the likeliest, of the same pass
+        likeliest = error(context.tokenizer(target).decode(ids), truth)
         own = error(context.tokenizer(target).decode(context.ids(target)), truth)
         train_mean = np.mean(np.stack(Context(context.run, "train", 1000, 0, context.progress).raw(target)), 0)
         if target == "normal":

@@ -24,15 +24,21 @@ from nano4m_cli.errors import ConfigError
 from nano4m_cli.media_compat import ensure_torchaudio
 from nano4m_cli.spec import TokenSpec
 from nano4m_cli.tokenizers._base import check_ids
-from nano4m_cli.tokenizers._pretrained import Pretrained, quiet_transformers
+from nano4m_cli.tokenizers._pretrained import Pretrained, WeightsOptions, quiet_transformers
 from nano4m_cli.tokenizers._sound import RATE, adapted, check_sounds, fixed
+
+
+class BookOptions(WeightsOptions):
+    """weights: a folder with config.json and model.safetensors, else a hub id. codebooks: the first so many."""
+
+    codebooks: int = 8
 
 
 class Codec(Pretrained):
     """A codec of `codebooks` codebooks with `vocab` entries, one frame per `hop` samples at `rate` Hz.
 
-    Subclasses set `model_class` and `model_type` (of transformers) and give the four numbers of the model that is
-    loaded, and its two directions.
+    Subclasses set `model_class` and `model_type` (of transformers) and give the hop of the model that is loaded, those of
+    the other numbers that are not as its config and `BookOptions` say, and its two directions.
     """
 
     model_class: ClassVar[str]
@@ -44,19 +50,19 @@ class Codec(Pretrained):
 
     @property
     @abstractmethod
-    def rate(self) -> int: ...
-
-    @property
-    @abstractmethod
     def hop(self) -> int: ...
 
     @property
-    @abstractmethod
-    def codebooks(self) -> int: ...
+    def rate(self) -> int:
+        return self.model.config.sampling_rate
 
     @property
-    @abstractmethod
-    def vocab(self) -> int: ...
+    def codebooks(self) -> int:
+        return self.options.codebooks
+
+    @property
+    def vocab(self) -> int:
+        return self.model.config.codebook_size
 
     @abstractmethod
     def to_codes(self, wave_N: Tensor) -> Tensor:

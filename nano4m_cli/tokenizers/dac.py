@@ -12,16 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nano4m_cli.tokenizers._codec import Codec
-from nano4m_cli.tokenizers._pretrained import WeightsOptions
+from nano4m_cli.tokenizers._codec import BookOptions, Codec
 
 
 class Tokenizer(Codec):
-    class Options(WeightsOptions):
-        """weights: a folder with config.json and model.safetensors, else a hub id. codebooks: the first so many."""
-
+    class Options(BookOptions):
         weights: str = "descript/dac_24khz"
-        codebooks: int = 8
 
     name, model_class, model_type = "dac", "DacModel", "dac"
 
@@ -31,20 +27,8 @@ class Tokenizer(Codec):
         return model
 
     @property
-    def rate(self) -> int:
-        return self.model.config.sampling_rate
-
-    @property
     def hop(self) -> int:
         return self.model.config.hop_length
-
-    @property
-    def codebooks(self) -> int:
-        return self.options.codebooks
-
-    @property
-    def vocab(self) -> int:
-        return self.model.config.codebook_size
 
     def to_codes(self, wave_N: Tensor) -> Tensor:
         whole = torch.nn.functional.pad(wave_N, (0, -len(wave_N) % self.hop))

@@ -9,17 +9,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from nano4m_cli.tokenizers._codec import Codec
-from nano4m_cli.tokenizers._pretrained import WeightsOptions
+from nano4m_cli.tokenizers._codec import BookOptions, Codec
 from nano4m_cli.tokenizers._sound import RATE
 
 
 class Tokenizer(Codec):
-    class Options(WeightsOptions):
-        """weights: a folder with config.json and model.safetensors, else a hub id. codebooks: the first so many."""
-
+    class Options(BookOptions):
         weights: str = "kyutai/mimi"
-        codebooks: int = 8
 
     name, model_class, model_type = "mimi", "MimiModel", "mimi"
 
@@ -32,20 +28,8 @@ class Tokenizer(Codec):
         return model
 
     @property
-    def rate(self) -> int:
-        return self.model.config.sampling_rate
-
-    @property
     def hop(self) -> int:
         return round(self.rate / self.model.config.frame_rate)
-
-    @property
-    def codebooks(self) -> int:
-        return self.options.codebooks
-
-    @property
-    def vocab(self) -> int:
-        return self.model.config.codebook_size
 
     def to_codes(self, wave_N: Tensor) -> Tensor:
         return self.model.encode(wave_N[None, None], num_quantizers=self.codebooks).audio_codes[0]

@@ -12,6 +12,7 @@ import numpy as np
 from nano4m_cli.config import build
 from nano4m_cli.errors import AlignmentError, FetchError, TokenError
 from nano4m_cli.spec import TokenSpec
+from nano4m_cli.tokenizers._patterns import order
 
 CAPTIONS = ("caption", "captions", "scene_desc")
 CROPS = "crop_settings"
@@ -210,7 +211,7 @@ def to_slots(array: np.ndarray, part: Part, where: str) -> np.ndarray:
     _check_range(ids, below, part, where)
     ids = ids.astype(np.int64)
     if books > 1 and not part.interleaved:
-        return ids.reshape(-1, books, spec.shape[0]).transpose(0, 2, 1).reshape(ids.shape)
+        return ids[:, np.argsort(order("codebook_major", *spec.shape))]
     if not part.offset:
         return ids
     ids = ids.reshape(-1, books) - np.arange(books) * spec.vocab_size
