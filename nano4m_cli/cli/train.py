@@ -112,9 +112,11 @@ def _fit_tokenizer(show: Show, workspace: Any, config: Any, resume: bool, device
                     last.update(record.figures)
                 work.record(record)
 
-            tokenizing.fit_from_config(config, dataset, folder, resume and bool(checkpoints(folder)), keep)
+            tokenizer = tokenizing.fit_from_config(config, dataset, folder, resume and bool(checkpoints(folder)), keep)
     except Stopped as err:
         raise stopped(err, True) from err
+    if tokenizer.notice():
+        show.say(f"notice: {tokenizer.notice()}")
     _show_end(show, config, folder, dataset.name, last)
     show.line(f"tokenizer: {dataset.tokenizer(config.tokenizer.modality)}")
 

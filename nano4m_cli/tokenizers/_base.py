@@ -36,6 +36,7 @@ class Tokenizer(ABC):
 
     name: ClassVar[str]
     fitted: ClassVar[bool] = True
+    slow: ClassVar[bool] = False  # whether decoding takes seconds a value: round trips are then told of few
     train: ClassVar[dict[str, Any]] = {}  # overrides of the training defaults; empty: not fitted by gradient
 
     def __init__(self, modality: str, options: Config, size: dict[str, Any]):
@@ -80,6 +81,10 @@ class Tokenizer(ABC):
     def load(self, folder: Path) -> None:
         """Read what `save` wrote."""
 
+    def notice(self) -> str | None:
+        """Return what a user should know of the fitted codebook (None: it is in use)."""
+        return None
+
     def ref(self, weights_sha256: str) -> TokenizerRef:
         return TokenizerRef(
             name=self.name, config=self.options.model_dump(mode="json"), weights_sha256=weights_sha256
@@ -92,10 +97,24 @@ class GradientTokenizer(Tokenizer):
     module: nn.Module
     data: Tensor
     effort: float = 1.0  # times the usual number of steps, for what is harder than usual (known after `fit`)
+    critic: nn.Module | None = None  # its adversary while fitting, made by `fit`
+    chunk: int = 512  # rows that validation takes at once
 
     @abstractmethod
     def loss(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss on rows `index` of `data`, and named parts of it."""
+
+    def train_loss(self, index: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what training minimises, where that is more than `loss`: random parts of the rows, a critic's terms."""
+        return self.loss(index)
+
+    def critic_loss(self) -> Tensor | None:
+        """Return the critic's own loss on what the last `train_loss` made (None: the critic has not started)."""
+        return None
+
+    def codes(self, index: Tensor) -> Tensor | None:
+        """Return the codes (any number, Q) of rows of `data`, for figures of their use (None: no such figures)."""
+        return None
 
     def save(self, folder: Path) -> None:
         state = {k: v.detach().contiguous().cpu() for k, v in self.module.state_dict().items()}
@@ -159,6 +178,17 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     }
     (folder / "tokenizer.json").write_text(json.dumps(doc, indent=1))
     tokenizer.sha256 = weights_hash(folder)
+
+
+def codebook_use(ids_NQ: np.ndarray, vocab: int) -> dict[str, float]:
+    """Return the share of codes used and the perplexity of their distribution, each the mean over the codebooks."""
+    used, perplexity = [], []
+    for book in ids_NQ.T:
+        counts = np.bincount(book, minlength=vocab)
+        p = counts[counts > 0] / counts.sum()
+        used.append((counts > 0).mean())
+        perplexity.append(np.exp(-(p * np.log(p)).sum()))
+    return {"codes_used": float(np.mean(used)), "perplexity": float(np.mean(perplexity))}
 
 
 def check_ids(ids: np.ndarray, shape: tuple[int, ...], spec: TokenSpec, where: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The autoencoder that the FSQ tokenizers share: patches in, one code per patch, patches out.
+"""The autoencoder that the FSQ tokenizers share: patches in, one code per patch, patches out; on grids of any rank.
 
 All work is done at the resolution of the code grid (matrix products, quick on a CPU): a patch embedding, residual MLPs
 that see their own patch only, FSQ, and residual MLPs that also mix over the grid (MLP-Mixer, Tolstikhin et al. 2021).
@@ -10,6 +10,7 @@ drowned by background.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -39,17 +40,17 @@ class Block(nn.Module):
 
 
 class PatchAutoencoder(nn.Module):
-    """Autoencoder over (B, H, W, P) grids of flattened patches.
+    """Autoencoder over (B, *grid, P): flattened patches on a grid of (H, W) or (T, H, W) places.
 
     Args:
-        grid: (H, W) of codes. patch: values per patch P. levels: FSQ levels. width, depth: of each half.
+        grid: of codes. patch: values per patch P. levels: FSQ levels. width, depth: of each half.
     """
 
     def __init__(
-        self, grid: tuple[int, int], patch: int, levels: Sequence[int], width: int, depth: int, encoder_mixing: bool = False
+        self, grid: tuple[int, ...], patch: int, levels: Sequence[int], width: int, depth: int, encoder_mixing: bool = False
     ):
         super().__init__()
-        tokens = grid[0] * grid[1]
+        tokens = math.prod(grid)
         self.register_buffer("mean", torch.zeros(*grid, patch))
         self.register_buffer("scale", torch.ones(()))
         self.place = nn.Parameter(torch.zeros(tokens, width))
@@ -64,30 +65,30 @@ class PatchAutoencoder(nn.Module):
         nn.init.normal_(self.out[1].weight, std=0.02)
 
     def centre(self, data: Tensor) -> None:
-        """Set mean and scale from (N, H, W, P) samples."""
+        """Set mean and scale from (N, *grid, P) samples."""
         self.mean.copy_(data.float().mean(0))
         self.scale.copy_((data.float() - self.mean).std().clamp_min(1e-4))
 
-    def encode(self, x_BHWP: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (quantised values (B, H, W, levels), codes (B, H, W))."""
-        z = self.embed(((x_BHWP - self.mean) / self.scale).flatten(1, 2)) + self.place
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (quantised values (B, *grid, levels), codes (B, *grid)) of (B, *grid, P)."""
+        z = self.embed(((x - self.mean) / self.scale).flatten(1, -2)) + self.place
         value, codes = self.fsq(self.to_code(self.encoder(z)).float())
-        grid = x_BHWP.shape[1:3]
+        grid = x.shape[1:-1]
         return value.unflatten(1, grid), codes.unflatten(1, grid)
 
     def decode_values(self, value: Tensor) -> Tensor:
-        """Return (B, H, W, P) from quantised values."""
-        y = self.decoder(self.from_code(value.flatten(1, 2)) + self.place_out)
-        return self.out(y).float().unflatten(1, value.shape[1:3]) * self.scale + self.mean
+        """Return (B, *grid, P) from quantised values."""
+        y = self.decoder(self.from_code(value.flatten(1, -2)) + self.place_out)
+        return self.out(y).float().unflatten(1, value.shape[1:-1]) * self.scale + self.mean
 
-    def loss(self, x_BHWP: Tensor, emphasis: float) -> tuple[Tensor, Tensor]:
+    def loss(self, x: Tensor, emphasis: float) -> tuple[Tensor, Tensor]:
         """Return (weighted reconstruction loss, plain mean squared error), in units of the data's own spread.
 
         The weight of a value is 1 + emphasis * min(|value - mean| / scale, 3); loss is smooth L1 plus squares.
         """
-        value, _ = self.encode(x_BHWP)
-        error = (self.decode_values(value) - x_BHWP) / self.scale
-        far = ((x_BHWP - self.mean) / self.scale).abs().clamp_max(3.0)
+        value, _ = self.encode(x)
+        error = (self.decode_values(value) - x) / self.scale
+        far = ((x - self.mean) / self.scale).abs().clamp_max(3.0)
         weight = 1.0 + emphasis * far
         square = error**2
         return (weight * (square + 0.3 * error.abs())).sum() / weight.sum(), square.mean() * self.scale**2

@@ -173,3 +173,6 @@ class Tokenizer(GradientTokenizer):
     def loss(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss, mse = self.module.loss(self.data[index], self.options.emphasis)
         return loss, {"mse": mse}
+
+    def codes(self, index: Tensor) -> Tensor:
+        return self.module.encode(self.data[index])[1].reshape(-1, 1)

@@ -31,7 +31,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors by file ("model", "ema", "optimizer"), and state.json."""
+    """Tensors by file ("model", "ema", "optimizer", "critic"), and state.json."""
 
     path: Path
     tensors: dict[str, dict[str, Tensor]]
@@ -69,7 +69,7 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dic
     return path
 
 
-def load(path: Path, parts: Iterable[str] = ("model", "ema", "optimizer")) -> Checkpoint:
+def load(path: Path, parts: Iterable[str] = ("model", "ema", "optimizer", "critic")) -> Checkpoint:
     """Read a checkpoint after checking every file's hash; a damaged one is a CheckpointError that offers the previous.
 
     Args:

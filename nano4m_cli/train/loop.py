@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nano4m_cli.compute import multiplies_bf16
 from nano4m_cli.data._atomic import atomic_file
-from nano4m_cli.errors import TrainingError
+from nano4m_cli.errors import CheckpointError, TrainingError
 from nano4m_cli.rng import torch_seed
 from nano4m_cli.train import checkpoint
 from nano4m_cli.train.config import TrainConfig
@@ -32,7 +32,11 @@ from nano4m_cli.train.schedule import lr_factor
 
 
 class Task(Protocol):
-    """What is trained. `batch(step)` is a function of the step alone and may run in another process."""
+    """What is trained. `batch(step)` is a function of the step alone and may run in another process.
+
+    A task may also have a `critic` (a module, or None) and `critic_loss()`: the critic's own loss on what the last `loss`
+    made, or None while it waits. The critic has optimizers of its own, of the same settings, and is in every checkpoint.
+    """
 
     model: nn.Module
 
@@ -95,6 +99,10 @@ class Trainer:
         self.callback = callback or (lambda record: None)
         self.model = task.model.to(self.device)
         self.optimizers = build_optimizers(self.model, config)
+        self.critic: nn.Module | None = getattr(task, "critic", None)
+        if self.critic is not None:
+            self.critic.to(self.device)
+            self.optimizers += build_optimizers(self.critic, config)
         self.dtype = resolve_precision(config.precision, self.device)
         self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()} if config.ema else None
         self.step = 0
@@ -108,6 +116,12 @@ class Trainer:
         """Load the newest checkpoint and drop later metrics; return the step to go on from."""
         point = checkpoint.load(checkpoint.latest(self.run))
         self.model.load_state_dict({k: v.to(self.device) for k, v in point.tensors["model"].items()})
+        if self.critic is not None:
+            if "critic" not in point.tensors:
+                raise CheckpointError(
+                    f"{point.path} has no critic: the run was started without one", "start another with name=NEW"
+                )
+            self.critic.load_state_dict(point.tensors["critic"])
         checkpoint.unpack_optimizers(self.optimizers, point.tensors["optimizer"])
         if self.ema is not None:
             for k, v in point.tensors["ema"].items():
@@ -128,6 +142,8 @@ class Trainer:
         tensors = {"model": dict(self.model.state_dict()), "optimizer": checkpoint.pack_optimizers(self.optimizers)}
         if self.ema is not None:
             tensors["ema"] = self.ema
+        if self.critic is not None:
+            tensors["critic"] = dict(self.critic.state_dict())
         state = {**self.header, **self.task.state(), "window": self._window}
         path = checkpoint.save(self.run, self.step, tensors, state, self.c.keep)
         self._written = self.step
@@ -199,13 +215,20 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         figures: dict[str, Tensor] = {}
         for part in parts:
+            if self.critic is not None:
+                self.critic.requires_grad_(False)  # judged by it, not training it
             with self._autocast():
                 loss, named = self.task.loss(part)
             loss.backward()
+            if self.critic is not None:
+                named = {**named, **self._critic_backward()}
             for k, v in {"loss": loss, **named}.items():
                 figures[k] = figures.get(k, 0.0) + v.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.c.clip)
-        if not (math.isfinite(float(figures["loss"])) and math.isfinite(float(norm))):
+        finite = math.isfinite(float(figures["loss"])) and math.isfinite(float(norm))
+        if self.critic is not None:
+            finite &= math.isfinite(float(nn.utils.clip_grad_norm_(self.critic.parameters(), self.c.clip)))
+        if not finite:
             self._not_finite(figures, float(norm))
         factor = lr_factor(self.step, self.c)
         for optimizer in self.optimizers:
@@ -218,6 +241,15 @@ class Trainer:
             decay = min(self.c.ema, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.model.parameters()], 1 - decay)
         return {**{k: float(v) for k, v in figures.items()}, "grad_norm": float(norm), "lr": self.c.lr * factor}
+
+    def _critic_backward(self) -> dict[str, Tensor]:
+        self.critic.requires_grad_(True)
+        with self._autocast():
+            loss = self.task.critic_loss()
+        if loss is None:
+            return {}
+        loss.backward()
+        return {"critic": loss}
 
     def _not_finite(self, figures: dict[str, Tensor], norm: float) -> None:
         named = ", ".join(f"{k}={float(v):.4g}" for k, v in figures.items())

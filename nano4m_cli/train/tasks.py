@@ -16,7 +16,7 @@ from nano4m_cli.masking._mixture import Mixture
 from nano4m_cli.model.batch import Packed, pack
 from nano4m_cli.model.fourm import FourM
 from nano4m_cli.rng import bits
-from nano4m_cli.tokenizers._base import GradientTokenizer
+from nano4m_cli.tokenizers._base import GradientTokenizer, codebook_use
 from nano4m_cli.train.config import RunConfig
 
 
@@ -100,6 +100,7 @@ class FourMTask:
 @dataclass(frozen=True)
 class Rows:
     index: Tensor
+    step: int
 
     def to(self, device) -> Rows:
         return self
@@ -110,22 +111,32 @@ class TokenizerTask:
 
     def __init__(self, tokenizer: GradientTokenizer, seed: int, batch: int):
         self.tokenizer, self.model, self.batch_size = tokenizer, tokenizer.module, batch
+        self.critic, self.critic_loss = tokenizer.critic, tokenizer.critic_loss
         n = len(tokenizer.data)
         self.held = max(1, n // 20) if n > 40 else 0
         self.order = SampleOrder(n - self.held, seed)
 
     def batch(self, step: int) -> list[Rows]:
         counter = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        return [Rows(torch.from_numpy(self.order.at(counter)))]
+        return [Rows(torch.from_numpy(self.order.at(counter)), step)]
 
     def loss(self, part: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.tokenizer.loss(part.index)
+        return self.tokenizer.train_loss(part.index, part.step)
 
     def validate(self) -> dict[str, float]:
-        n = len(self.tokenizer.data)
-        index = torch.arange(n - self.held, n) if self.held else torch.arange(n)
-        loss, parts = self.tokenizer.loss(index[:512])
-        return {"loss": float(loss), **{k: float(v) for k, v in parts.items()}}
+        n, tokenizer = len(self.tokenizer.data), self.tokenizer
+        index = (torch.arange(n - self.held, n) if self.held else torch.arange(n))[:512]
+        figures: dict[str, float] = {}
+        codes = []
+        for rows in index.split(tokenizer.chunk):
+            loss, parts = tokenizer.loss(rows)
+            for k, v in {"loss": loss, **parts}.items():
+                figures[k] = figures.get(k, 0.0) + float(v) * len(rows)
+            codes.append(tokenizer.codes(rows))
+        figures = {k: v / len(index) for k, v in figures.items()}
+        if codes[0] is not None:
+            figures |= codebook_use(torch.cat(codes).numpy(), tokenizer.spec().vocab_size)
+        return figures
 
     def keys(self, step: int) -> list[str]:
         return [f"row {int(i)}" for i in self.batch(step)[0].index]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed, wait
@@ -17,21 +16,19 @@ from filelock import FileLock, Timeout
 from nano4m_cli.config import apply_overrides, build, dump_yaml
 from nano4m_cli.data._atomic import atomic_file, atomic_folder, write_json
 from nano4m_cli.data.fetch import Progress, ignore_interrupts, usable_cores
-from nano4m_cli.data.loader import TokenData
 from nano4m_cli.data.shards import (
     Shard,
     Split,
-    check_aligned,
     index_path,
     npy,
     read_index,
     shard_paths,
-    verify_shard,
     write_shard,
 )
 from nano4m_cli.data.sources._base import DatasetInfo
 from nano4m_cli.data.workspace import DatasetFolder
 from nano4m_cli.errors import ConfigError, DataError, ShardError, UnknownNameError, did_you_mean
+from nano4m_cli.modalities._base import Modality
 from nano4m_cli.registry import MODALITIES, TOKENIZERS
 from nano4m_cli.rng import generator, permutation, torch_seed
 from nano4m_cli.spec import TokenSpec, read_spec
@@ -41,7 +38,7 @@ from nano4m_cli.train.config import TokenizerRunConfig, TrainConfig
 from nano4m_cli.train.loop import StepRecord, Trainer
 from nano4m_cli.train.tasks import TokenizerTask
 
-BATCH = 250
+BATCH, BATCH_BYTES = 250, 1 << 28  # raw values held at once, at most: long sounds are large
 WHOLE = (0, 1)  # the only one of one job
 
 
@@ -290,8 +287,9 @@ def _encode_shard(folder: Path, modality: str, raw: Path, target: Path) -> None:
     spec = tokenizer.spec()
 
     def samples():
-        for start in range(0, len(shard), BATCH):
-            index = range(start, min(start + BATCH, len(shard)))
+        size = _batch(shard, kind)
+        for start in range(0, len(shard), size):
+            index = range(start, min(start + size, len(shard)))
             where = [f"{raw}, '{shard.keys[i]}', {kind.ext}" for i in index]
             values = [kind.from_bytes(shard.read(i, kind.ext), w) for i, w in zip(index, where, strict=True)]
             rows = [tokenizer.encode(values, where)]
@@ -305,6 +303,14 @@ def _encode_shard(folder: Path, modality: str, raw: Path, target: Path) -> None:
                 yield shard.keys[i], {f"{modality}.npy": npy(row.astype(spec.dtype))}
 
     write_shard(target, samples())
+
+
+def _batch(shard: Shard, kind: Modality) -> int:
+    """Return how many raw values are encoded at once: fewer than BATCH where they are large, as the first one tells."""
+    if not len(shard):
+        return BATCH
+    first = kind.from_bytes(shard.read(0, kind.ext), f"{shard.path}, '{shard.keys[0]}', {kind.ext}")
+    return int(np.clip(BATCH_BYTES // max(getattr(first, "nbytes", 1), 1), 1, BATCH))
 
 
 def _start_worker() -> None:
@@ -335,85 +341,6 @@ def _run_jobs(folder: Path, modality: str, jobs: list[tuple[Path, Path, int]], w
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def check(dataset: DatasetFolder, modalities: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Verify raw and token shards of the modalities; return samples per split and modality.
-
-    Every tar is scanned, keys are compared between raw and tokens, ids with the vocabulary; the first thing wrong is
-    raised, with its place.
-    """
-    counts: dict[str, dict[str, int]] = {}
-    for split, expected in dataset.info().splits.items():
-        if not expected:
-            continue
-        splits = {"raw": Split(dataset.raw(split)), **{m: Split(dataset.tokens(m, split)) for m in modalities}}
-        for part in splits.values():
-            for shard in part.shards:
-                verify_shard(shard.path)
-        check_aligned(splits)
-        if len(splits["raw"]) != expected:
-            raise DataError(f"{dataset.raw(split)} holds {len(splits['raw'])} samples, dataset.json says {expected}")
-        counts[split] = {m: expected for m in modalities}
-        if not modalities:
-            continue
-        data = TokenData(dataset, split, modalities)
-        for start in range(0, len(data), 4096):
-            index = np.arange(start, min(start + 4096, len(data)))
-            for variant in range(max(s.variants for s in data.layout.specs)):
-                data.read(index, np.full_like(index, variant))
-    return counts
-
-
-def repeated(dataset: DatasetFolder) -> dict[str, dict[str, int]]:
-    """Return per split and modality how many samples have, byte for byte, the picture or sound of one in an earlier split.
-
-    Captions repeat by nature and are left out, and so are modalities that came as tokens.
-    """
-    info = dataset.info()
-    media = [MODALITIES.get(m) for m in info.modalities if m not in info.brought and MODALITIES.get(m).kind != "text"]
-    seen: dict[str, set[bytes]] = {kind.name: set() for kind in media}
-    counts: dict[str, dict[str, int]] = {}
-    for split, n in info.splits.items():
-        raw = Split(dataset.raw(split)) if n else None
-        counts[split] = {}
-        for kind in media if raw else []:
-            members = (shard.read(i, kind.ext) for shard in raw.shards for i in range(len(shard)))
-            here = [hashlib.blake2b(member, digest_size=16).digest() for member in members]
-            counts[split][kind.name] = sum(h in seen[kind.name] for h in here)
-            seen[kind.name].update(here)
-    return counts
-
-
-def agreement(dataset: DatasetFolder, modalities: Sequence[str], samples: int = 32) -> dict[str, float]:
-    """Return per modality the share of ids that encoding anew gives again, over the first samples of every split.
-
-    Less than 1 is rounding on another machine; less than .9 is another tokenizer, a DataError.
-    """
-    info, out = dataset.info(), {}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as when they were made
-    try:
-        for m in modalities:
-            if m in info.brought:
-                continue
-            tokenizer, same, total = open_tokenizer(dataset.tokenizer(m)), 0, 0
-            for split, n in info.splits.items():
-                index = range(min(samples, n))
-                if not index:
-                    continue
-                stored, length = TokenData(dataset, split, [m]).read(np.arange(len(index)))
-                for row, k, ids in zip(stored, length[:, 0], tokenizer.encode(read_raw(dataset, split, m, index)), strict=True):
-                    same, total = same + int((row[:k] == ids[:k]).sum() if len(ids) == k else 0), total + int(k)
-            out[m] = same / max(total, 1)
-            if out[m] < 0.9:
-                raise DataError(
-                    f"the {m} tokens of '{dataset.name}' are not what its tokenizer gives: {out[m]:.1%} of the ids are",
-                    f"delete {dataset.tokens(m)} and run 'nano4m tokenize --modality {m}'",
-                )
-    finally:
-        torch.set_num_threads(threads)
-    return out
 
 
 def fit_from_config(config: TokenizerRunConfig, dataset: DatasetFolder, run: Path, resume: bool, callback) -> Tokenizer:
