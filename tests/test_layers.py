@@ -587,7 +587,7 @@ def test_component_counts_fit(name):
     again = component.counts(length, Key(0, "t", np.arange(500)))
     assert np.array_equal(shown, again[0]) and np.array_equal(asked, again[1])
     other = component.counts(length, Key(1, "t", np.arange(500)))
-    assert not np.array_equal(shown, other[0])
+    assert np.array_equal(shown, other[0]) == (name == "causal")  # where nothing is drawn
 
 
 def required(name: str) -> list[str]:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from nano4m_cli.data._atomic import atomic_folder, write_json
+from nano4m_cli.generate.sampler import GenerateOptions
+from nano4m_cli.model.fourm import FourM
 from nano4m_cli.probes._context import Context
 from nano4m_cli.probes.crossmodal import estimate
 from nano4m_cli.registry import MODALITIES
@@ -17,21 +19,24 @@ def write_gallery(context: Context, folder: Path) -> Path:
     """Write gallery.json and its media for the first samples of the split: from each source to all it is asked for."""
     names = [n for n in context.names if n not in context.info.brought]  # brought tokens cannot be shown
     plans = [([s], [t for t in names if t != s]) for s in ("caption", "rgb", "audio", "depth") if s in names and len(names) > 1]
-    if {"audio", "caption", "rgb"} <= set(names):
+    if not isinstance(context.model, FourM):  # in the order of reading: the last given all before it, or from nothing
+        plans = [(names[:-1], names[-1:])]
+    elif {"audio", "caption", "rgb"} <= set(names):
         plans.append((["audio", "caption"], ["rgb"]))
     rows: list[dict[str, Any]] = []
+    options = None if isinstance(context.model, FourM) else GenerateOptions(temperature=1.0, text_temperature=0.8, guidance=1.0)
     few = Context(context.run, context.split, min(SHOWN, context.n), context.seed, context.progress)
     with atomic_folder(folder) as aside:
         for p, (sources, targets) in enumerate(plans):
             context.progress("gallery", p, len(plans))
             # From a picture the expected depth is the best one; from words or sound it would be the mean of all scenes.
             exact = [t for t in ("depth", "normal") if {"rgb", "depth"} & set(sources)]
-            made = {t: few.decoded(sources, [t], t, estimate(few, t) if t in exact else None) for t in targets}
+            made = {t: few.decoded(sources, [t], t, estimate(few, t) if t in exact else options) for t in targets}
             for i in range(few.n):
-                key, stem = few.tokens.key(i), f"{'-'.join(sources)}-{i}"
+                key, stem = few.tokens.key(i), f"{'-'.join(sources) or 'nothing'}-{i}"
                 rows.append({
                     "key": key,
-                    "title": f"{' + '.join(sources)} -> {', '.join(targets)}",
+                    "title": f"{' + '.join(sources) or 'nothing'} -> {', '.join(targets)}",
                     "condition": [_item(aside, f"{stem}-given", s, few.raw(s)[i]) for s in sources],
                     "output": [_item(aside, f"{stem}-made", t, made[t][i]) for t in targets],
                     "truth": [_item(aside, f"{stem}-true", t, few.raw(t)[i]) for t in targets],

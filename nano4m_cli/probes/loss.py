@@ -24,7 +24,7 @@ class Probe(Base):
             metrics.append(_metric(f"{spec.modality}/ce", nll[:, columns], marginal[:, columns], spec.vocab_size))
         for target in context.names:
             for source in context.names:
-                if source == target:
+                if source == target or not context.model.reads([source], target):
                     continue
                 shown = context.inside_NC & context.columns(source)
                 asked = context.inside_NC & context.columns(target)

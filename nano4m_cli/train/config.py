@@ -1,4 +1,4 @@
-"""What a training config holds. `task: fourm` trains a model on token shards, `task: tokenizer` fits a tokenizer."""
+"""What a training config holds. `task: fourm`, `gpt` and `maskgit` train a model on token shards, `tokenizer` fits one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from nano4m_cli.config import Config, apply_overrides, build, load_yaml
 from nano4m_cli.errors import ConfigError, did_you_mean
 from nano4m_cli.masking._mixture import MaskingConfig
+from nano4m_cli.model.base import StackConfig, TransformerConfig
 from nano4m_cli.model.fourm import FourMConfig
 
 
@@ -72,11 +73,11 @@ class TrainConfig(Config):
 class RunConfig(Config):
     """A run: data, model, masking, loss weights per modality, training."""
 
-    task: Literal["fourm"] = "fourm"
+    task: str
     name: str
     seed: int = Field(0, ge=0)
     data: DataConfig = DataConfig()
-    model: FourMConfig = FourMConfig()
+    model: TransformerConfig
     masking: MaskingConfig = MaskingConfig()
     loss_weights: dict[str, float] = {}
     train: TrainConfig = TrainConfig()
@@ -87,6 +88,23 @@ class RunConfig(Config):
         if any(w < 0 for w in v.values()):
             raise ValueError("loss weights are not negative")
         return v
+
+
+class FourMRun(RunConfig):
+    task: Literal["fourm"] = "fourm"
+    model: FourMConfig = FourMConfig()
+
+
+class GPTRun(RunConfig):
+    task: Literal["gpt"]
+    model: StackConfig = StackConfig()
+    masking: MaskingConfig = MaskingConfig(components=[{"type": "causal"}])
+
+
+class MaskGITRun(RunConfig):
+    task: Literal["maskgit"]
+    model: StackConfig = StackConfig()
+    masking: MaskingConfig = MaskingConfig(components=[{"type": "masked"}])
 
 
 class TokenizerChoice(Config):
@@ -106,7 +124,7 @@ class TokenizerRunConfig(Config):
     train: TrainConfig = TrainConfig()
 
 
-TASKS: dict[str, type[Config]] = {"fourm": RunConfig, "tokenizer": TokenizerRunConfig}
+TASKS: dict[str, type[Config]] = {"fourm": FourMRun, "gpt": GPTRun, "maskgit": MaskGITRun, "tokenizer": TokenizerRunConfig}
 
 
 def load_run_config(path: Path, overrides: list[str]) -> RunConfig | TokenizerRunConfig:
