@@ -220,6 +220,8 @@ def example(modality: str, seed: int = 0):
         return f"a {colour} {thing}, on the {place}"
     if modality == "text":
         return "".join(f"{rng.choice(['ROMEO', 'Nurse'])}:\n{example('caption', seed + i)}.\n\n" for i in range(2))
+    if modality == "label":
+        return str(rng.choice(["cat", "dog", "red fox"]))
     raise AssertionError(f"give an example of modality '{modality}' here")
 
 
@@ -231,6 +233,7 @@ SIZE = {
     "audio": {"seconds": 0.25},
     "caption": {},
     "text": {},
+    "label": {},
 }
 
 
@@ -323,6 +326,7 @@ def test_a_picture_of_absurd_size_is_a_media_error(name):
 # Tokenizers that are no modality's default.
 SERVES = {
     "identity": ["rgb"], "encodec": ["audio"], "mimi": ["audio"], "dac": ["audio"], "hf_text": ["caption", "text"], "bpe": ["text"],
+    "bits": ["rgb"],
 }
 for _m in MODALITIES.names():
     SERVES.setdefault(MODALITIES.get(_m).tokenizer, []).append(_m)
