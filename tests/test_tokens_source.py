@@ -23,7 +23,8 @@ from nano4m_cli.data.workspace import Workspace
 from nano4m_cli.errors import AlignmentError, ConfigError, DataError, FetchError, Nano4MError, TokenError
 from nano4m_cli.registry import SOURCES
 from nano4m_cli.spec import read_spec
-from nano4m_cli.train.tokenizing import check, choose_modalities, make_tokenizer, tokenize
+from nano4m_cli.train.doctor import examine
+from nano4m_cli.train.tokenizing import choose_modalities, make_tokenizer, tokenize
 
 COUNTS = {"train": 7, "val": 2, "test": 3}
 
@@ -118,7 +119,7 @@ def test_course(tmp_path):
     assert labels(report.dataset, "val")["val_001"] == {
         "objects": [], "fields": [], "stem": "val_001", "captions": ["a caption of val_001"] * 2,
     }
-    assert sum(check(report.dataset, info.brought)["train"].values()) == 9
+    assert sum(examine(report.dataset, info.brought).samples["train"].values()) == 9
 
 
 def test_rows_that_have_captions_of_their_own_become_samples(tmp_path):
@@ -759,8 +760,9 @@ def test_check_reads_every_variant(small, tmp_path):
     data = bytearray(path.read_bytes())
     data[last - 2 : last] = b"\xff\xff"  # the last id of the last variant
     path.write_bytes(data)
-    with pytest.raises(TokenError, match="id 65535 of 'rgb'"):
-        check(dataset, ["rgb", "depth"])
+    (wrong,) = examine(dataset, ["rgb", "depth"]).errors
+    assert (wrong.check, wrong.modality, wrong.split, wrong.keys) == ("range", "rgb", "val", [shard.keys[1]])
+    assert "up to 65535" in wrong.what
 
 
 def test_a_data_set_of_nothing_but_tokens(tmp_path):
@@ -771,7 +773,7 @@ def test_a_data_set_of_nothing_but_tokens(tmp_path):
     result = cli("tokenize", "caption.vocab=300", "--root", tmp_path)
     assert result.exit_code == 2 and "nothing is to be tokenized here" in result.stderr
     assert choose_modalities(dataset, [], brought=True) == ["rgb", "depth"]
-    assert check(dataset, ["rgb", "depth"]) == {"train": {"rgb": 4, "depth": 4}, "val": {"rgb": 2, "depth": 2}}
+    assert examine(dataset, ["rgb", "depth"]).samples == {"train": {"rgb": 4, "depth": 4}, "val": {"rgb": 2, "depth": 2}}
 
 
 def test_training_and_evaluation(tmp_path, one_thread):  # noqa: F811 - a fixture

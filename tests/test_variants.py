@@ -13,8 +13,9 @@ from nano4m_cli.modalities.audio import MODALITY as AUDIO
 from nano4m_cli.modalities.audio import RATE
 from nano4m_cli.registry import MODALITIES
 from nano4m_cli.tokenizers._base import open_tokenizer
+from nano4m_cli.train.doctor import examine
 from nano4m_cli.train.run import prepare
-from nano4m_cli.train.tokenizing import check, read_raw, tokenize
+from nano4m_cli.train.tokenizing import read_raw, tokenize
 
 SMALL = ["width=16", "depth=1", "fit_steps=12", "fit_samples=16", "griffin_lim=1"]
 
@@ -66,7 +67,8 @@ def test_train_has_different_variants_and_the_other_splits_one(space):
         assert (rows[a] != rows[b]).any(1).all(), "each sample has three different ones"
     some = np.arange(4)
     assert all(np.array_equal(val.read(some, np.full(4, k))[0], val.read(some)[0]) for k in (1, 2))
-    assert check(dataset, ["audio", "caption"])["train"] == {"audio": 24, "caption": 24}
+    report = examine(dataset, ["audio", "caption"])
+    assert not report.errors and report.samples["train"] == {"audio": 24, "caption": 24}
 
 
 def test_training_draws_the_variants(space):

@@ -11,7 +11,7 @@ import typer
 from nano4m_cli.cli._app import stopped
 from nano4m_cli.cli._options import DryRun, Json, Quiet, Root, Workers, names
 from nano4m_cli.cli._show import Show
-from nano4m_cli.errors import UsageError, did_you_mean
+from nano4m_cli.errors import DataError, UsageError, did_you_mean
 
 
 def command(
@@ -22,7 +22,7 @@ def command(
         list[str] | None, typer.Option("--modality", "-m", metavar="M", help="Which one (repeatable; default: all).")
     ] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", metavar="NAME", help="Default: the newest.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Verify raw and token shards; make nothing.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Examine raw and token shards; tokenize nothing.")] = False,
     shard: Annotated[
         str | None, typer.Option("--shard", metavar="I/N", help="Only the I-th of N shares of the shards, from 0.")
     ] = None,
@@ -43,7 +43,9 @@ def command(
 
     --json: {dataset, modalities: {M: {tokenizer, kind, shape, vocab_size, fitted, made, kept, samples, figures,
     sheet, split, n}}}; with --dry-run {dataset, modalities: {M: {tokenizer, fitted, options, samples}}}; with --check
-    {dataset, samples: {SPLIT: {M: n}}, fresh: {M: share}, repeated: {SPLIT: {M: n}}}; with --list {tokenizers: {NAME: summary}}.
+    {dataset, samples: {SPLIT: {M: n}}, fresh: {M: share}, codes: {M: {used, perplexity: [of each codebook]}}, alignment:
+    {SPLIT: {PAIR: {dx, dy, n, own}}}, sheet, findings: [{check, severity, modality, split, shard, n, keys, what, hint}]};
+    with --list {tokenizers: {NAME: summary}}.
     """
     show = Show(as_json, quiet)
     if list_:
@@ -66,17 +68,7 @@ def command(
     options = by_modality(settings or [], chosen)
     if check:
         chosen = chosen if modality else [m for m in chosen if m in folder.tokenised()]
-        counts = tokenizing.check(folder, chosen)
-        twice, fresh = tokenizing.repeated(folder), tokenizing.agreement(folder, chosen)
-        show.table(["split", *chosen], [[split, *per.values()] for split, per in counts.items()])
-        show.line(f"{folder.name}: raw and token shards are whole and aligned")
-        for name, part in fresh.items():
-            show.line(f"{name}: {part:.1%} of the ids are what encoding anew gives")
-        for split, per in twice.items():
-            for name, n in per.items():
-                if n:
-                    show.say(f"notice: {n} samples of {split} have the {name} of a sample in an earlier split, byte for byte")
-        show.document({"dataset": folder.name, "samples": counts, "fresh": fresh, "repeated": twice})
+        _check(show, folder, chosen, workers)
         return
     if dry_run:
         plans = {m: _plan(folder, m, options[m]) for m in chosen}
@@ -114,6 +106,38 @@ def command(
         if trip["sheet"]:
             show.line(f"  contact sheet: {trip['sheet']}")
     show.document({"dataset": folder.name, "modalities": done})
+
+
+def _check(show: Show, folder: Any, chosen: Sequence[str], workers: int | None) -> None:
+    """Show all findings; what is broken is a DataError."""
+    from nano4m_cli.train.doctor import examine
+
+    with show.work() as work:
+        report = examine(folder, chosen, workers, work.progress)
+    show.table(["split", *chosen], [[split, *per.values()] for split, per in report.samples.items()])
+    for name, part in report.fresh.items():
+        show.line(f"{name}: {part:.1%} of the ids are what encoding anew gives")
+    for name, use in report.codes.items():
+        used, spread = (sum(use[k]) / len(use[k]) for k in ("used", "perplexity"))
+        of = f" (mean of {len(use['used'])} codebooks)" if len(use["used"]) > 1 else ""
+        show.line(f"{name}: {used:.1%} of the codes are used, perplexity {spread:.4g}{of}")
+    if pairs := dict.fromkeys(pair for found in report.alignment.values() for pair in found):
+        rows = [[pair, *(round((f["dx"] ** 2 + f["dy"] ** 2) ** 0.5, 1) if (f := per.get(pair)) else None
+                         for per in report.alignment.values())] for pair in pairs]
+        show.table(["pixels apart", *report.alignment], rows)
+    if report.sheet:
+        show.line(f"contact sheet: {report.sheet}")
+    if report.findings:
+        head = ["severity", "check", "modality", "split", "shard", "samples", "what", "such as"]
+        show.table(head, [[f.severity, f.check, f.modality, f.split or None, f.shard or None, f.n or None, f.what,
+                           " ".join(f.keys[:2]) or None] for f in report.findings])
+    show.document({"dataset": folder.name, "samples": report.samples, "fresh": report.fresh, "codes": report.codes,
+                   "alignment": report.alignment, "sheet": report.sheet, "findings": [f._asdict() for f in report.findings]})
+    if broken := report.errors:
+        what = "1 thing is wrong" if len(broken) == 1 else f"{len(broken)} things are wrong"
+        raise DataError(f"{folder.name}: {what}: {broken[0].modality}: {broken[0].what}", broken[0].hint or None)
+    notices = len(report.findings)
+    show.line(f"{folder.name}: raw and token shards are whole and aligned" + f" (notices: {notices})" * bool(notices))
 
 
 def share(text: str | None) -> tuple[int, int]:

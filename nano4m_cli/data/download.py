@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import re
 import shutil
@@ -37,6 +39,10 @@ BLOCK = 1 << 20
 LONGEST_WAIT = 60.0
 
 
+class Refused(FetchError):
+    """The server will not give the file, or gives another than the expected one: trying again will not help."""
+
+
 class _Again(Exception):
     """A transfer that broke in a way that may pass; `wait` is what the server asked for, in seconds."""
 
@@ -55,6 +61,7 @@ def download(
     backoff: float = 1.0,
     max_bytes: int | None = None,
     hint: str | None = None,
+    headers: dict[str, str] | None = None,
 ) -> Path:
     """Return `dest`, which holds what `url` serves; a file that is there already is kept unless `sha256` differs.
 
@@ -66,6 +73,7 @@ def download(
         backoff: seconds before the first retry; each further wait is twice as long.
         max_bytes: larger files are refused.
         hint: what the user can do when the download fails.
+        headers: sent along, e.g. an authorisation (which a redirect to another host does not get).
 
     Raises:
         FetchError: names the URL and what happened. The part that came is kept and resumed by the next call.
@@ -77,7 +85,9 @@ def download(
         return dest
     part = dest.with_name(dest.name + ".part")
     hint = hint or "check the connection and try again: the download resumes where it stopped"
-    with _disk_errors(part), _locked(part) as file, httpx.Client(follow_redirects=True, timeout=timeout) as client:
+    with _disk_errors(part), _locked(part) as file, httpx.Client(
+        follow_redirects=True, timeout=timeout, headers=headers
+    ) as client:
         transfer = _Transfer(client, url, file, part, sha256, progress or (lambda done, total: None), max_bytes)
         failures, best = 0, transfer.size()
         while True:
@@ -93,7 +103,7 @@ def download(
                 wait = backoff * 2 ** (failures - 1) if again.wait is None else again.wait
                 time.sleep(min(wait, LONGEST_WAIT))
             except FetchError as err:
-                raise err if err.hint else FetchError(err.message, hint) from err
+                raise err if err.hint else type(err)(err.message, hint) from err
         file.flush()
         os.fsync(file.fileno())
         os.replace(part, dest)
@@ -169,7 +179,7 @@ class _Transfer:
             after = response.headers.get("retry-after", "")
             raise _Again(f"HTTP {code} {response.reason_phrase}", float(after) if after.isdigit() else None)
         if code not in (200, 206):
-            raise FetchError(f"cannot download {self.url}: HTTP {code} {response.reason_phrase}")
+            raise Refused(f"cannot download {self.url}: HTTP {code} {response.reason_phrase}")
         if code == 206 and not (ranged and ranged[1] == str(have)):
             self.restart()
             raise _Again("the server sent another range than the one asked for")
@@ -228,7 +238,7 @@ class _Transfer:
         self.restart()
         if resumed:
             raise _Again("the joined parts have a wrong sha256", 0.0)
-        raise FetchError(f"{self.url} is not the expected file: sha256 {found}, expected {self.sha256}")
+        raise Refused(f"{self.url} is not the expected file: sha256 {found}, expected {self.sha256}")
 
 
 def _total(response: httpx.Response, have: int) -> int | None:
@@ -314,15 +324,20 @@ def extract(
                 while block := source.read(BLOCK):
                     left -= len(block)
                     if left < 0:
-                        raise FetchError(f"{archive} unpacks to more than {max_bytes:,} bytes")
+                        raise FetchError(f"{archive} unpacks to more than {max_bytes:,} bytes (at '{member}')")
                     out.write(block)
             names.append(target)
     return names
 
 
-def _check_name(archive: Path, name: str) -> None:
+def unsafe(name: str) -> bool:
+    """Return whether a name given by others may lead out of the folder it is put into."""
     path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or re.search(r"\\|\0|^[A-Za-z]:", name):
+    return bool(not name or path.is_absolute() or ".." in path.parts or re.search(r"\\|\0|^[A-Za-z]:", name))
+
+
+def _check_name(archive: Path, name: str) -> None:
+    if unsafe(name):
         raise FetchError(f"{archive} holds '{name}', a name that leads out of its folder; nothing of it is used")
 
 
@@ -347,7 +362,8 @@ def _members(archive: Path) -> Iterator[tuple[str, str, Callable[[], IO[bytes]]]
 def _archive_errors(archive: Path) -> Iterator[None]:
     try:
         yield
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as err:
+    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError, RuntimeError,
+            NotImplementedError) as err:
         raise FetchError(f"{archive} is damaged or no archive: {err}", "delete it and fetch again") from err
     except FileNotFoundError as err:
         raise FetchError(f"no archive {archive}") from err

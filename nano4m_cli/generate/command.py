@@ -110,11 +110,13 @@ def generate_files(
         raise UsageError("no condition", 'give --from MODALITY=VALUE, e.g. --from caption="a large red metal sphere"')
     tokenizers = open_tokenizers(run, list(dict.fromkeys([*conditions, *targets])))
     report = GenerateReport(run.name, out or workspace.root / "generated" / run.name)
+    sizes = run.dataset.info().sizes
+    kinds = {n: MODALITIES.get(n).sized(sizes.get(n, {})) for n in tokenizers}
     raws: dict[str, Any] = {}
     for name, value in conditions.items():
         if value is None and name not in truth:
             raise UsageError(f"no value for '{name}'", f"give {name}=VALUE, or --sample KEY to take it from")
-        kind = MODALITIES.get(name)
+        kind = kinds[name]
         raw = truth[name] if value is None else kind.from_text(value)
         if value is not None and kind.kind != "text":
             report.notices += [f"{name}: {note}"] if (note := kind.conversion(Path(value))) else []
@@ -135,18 +137,18 @@ def generate_files(
         for row in range(n):
             put(run, state, row, name, ids)
     chain(run.model, state, targets, resolve(options, targets, run.model, posed))
-    _write(run, report, state, raws, truth, list(targets), tokenizers, n)
+    _write(run, report, state, raws, truth, list(targets), tokenizers, kinds, n)
     return report
 
 
-def _write(run, report: GenerateReport, state: State, raws, truth, targets, tokenizers, n: int) -> None:
+def _write(run, report: GenerateReport, state: State, raws, truth, targets, tokenizers, kinds, n: int) -> None:
     """Write every output, its ids, and a sheet of condition | output | truth."""
     report.out.mkdir(parents=True, exist_ok=True)
     rows, made = [], {name: state.decode(run.layout, name, tokenizers[name]) for name in targets}
     for row in range(n):
-        cells: list[Any] = [MODALITIES.get(m).show(raw) for m, raw in raws.items() if m not in targets]
+        cells: list[Any] = [kinds[m].show(raw) for m, raw in raws.items() if m not in targets]
         for name in targets:
-            kind, ids = MODALITIES.get(name), take(run, state, row, name)
+            kind, ids = kinds[name], take(run, state, row, name)
             raw = made[name][row]
             stem = report.out / (f"{row:03d}-{name}" if n > 1 else name)
             path = stem.with_suffix(kind.suffix)
@@ -160,7 +162,7 @@ def _write(run, report: GenerateReport, state: State, raws, truth, targets, toke
                 picture.write_bytes(MODALITIES.get("rgb").to_bytes(kind.show(raw)))
                 report.files.append(picture)
             cells.append(kind.show(raw))
-        cells += [MODALITIES.get(m).show(truth[m]) for m in targets if m in truth]
+        cells += [kinds[m].show(truth[m]) for m in targets if m in truth]
         rows.append(cells)
     heads = [f"from {m}" for m in raws if m not in targets] + [f"to {m}" for m in targets] + [f"truth {m}" for m in targets if m in truth]
     report.files.append(write_sheet(report.out / "sheet.png", heads, rows))

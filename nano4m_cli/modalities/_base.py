@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from nano4m_cli.errors import ConfigError, MediaError
+from nano4m_cli.modalities._image import png_bytes
 
 
 class Modality(ABC):
@@ -18,7 +19,7 @@ class Modality(ABC):
     Class attributes:
         name: the file's name.
         ext: member name in raw shards, e.g. "rgb.png".
-        kind: "image", "audio" or "text": how a report shows it.
+        kind: "image", "audio", "video" or "text": how a report shows it.
         tokenizer: registry name of the default tokenizer; `tokenizer_config` its default options.
         suffix: file suffix that `write_file` uses.
     """
@@ -64,6 +65,20 @@ class Modality(ABC):
         """Write a raw value for people, with this modality's suffix."""
         path.write_bytes(self.to_bytes(raw))
 
+    def sized(self, size: dict[str, Any]) -> Modality:
+        """Return this modality as a data set has it, where reading and writing files depends on that (a video's frame rate).
+
+        Args:
+            size: what dataset.json says of it.
+        """
+        return self
+
     @abstractmethod
     def show(self, raw: Any) -> Any:
-        """Return a uint8 (H, W, 3) picture of an image or sound, or the str of a text."""
+        """Return a uint8 (H, W, 3) picture of an image, sound or video, or the str of a text."""
+
+    def write_picture(self, raw: Any, stem: Path) -> Path:
+        """Write what a browser shows of an image, sound or video to `stem` plus a suffix; return the file."""
+        path = stem.with_name(stem.name + ".png")
+        path.write_bytes(png_bytes(self.show(raw)))
+        return path

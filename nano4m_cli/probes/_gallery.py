@@ -8,6 +8,7 @@ from typing import Any
 from nano4m_cli.data._atomic import atomic_folder, write_json
 from nano4m_cli.generate.sampler import GenerateOptions
 from nano4m_cli.model.fourm import FourM
+from nano4m_cli.modalities._base import Modality
 from nano4m_cli.probes._context import Context
 from nano4m_cli.probes.crossmodal import estimate
 from nano4m_cli.registry import MODALITIES
@@ -18,11 +19,13 @@ SHOWN = 6
 def write_gallery(context: Context, folder: Path) -> Path:
     """Write gallery.json and its media for the first samples of the split: from each source to all it is asked for."""
     names = [n for n in context.names if n not in context.info.brought]  # brought tokens cannot be shown
-    plans = [([s], [t for t in names if t != s]) for s in ("caption", "rgb", "audio", "depth") if s in names and len(names) > 1]
+    given = [s for s in ("caption", "rgb", "audio", "depth", "video") if s in names and len(names) > 1]
+    plans = [([s], [t for t in names if t != s]) for s in given]
     if not isinstance(context.model, FourM):  # in the order of reading: the last given all before it, or from nothing
         plans = [(names[:-1], names[-1:])]
     elif {"audio", "caption", "rgb"} <= set(names):
         plans.append((["audio", "caption"], ["rgb"]))
+    kinds = {n: MODALITIES.get(n).sized(context.info.sizes.get(n, {})) for n in names}
     rows: list[dict[str, Any]] = []
     options = None if isinstance(context.model, FourM) else GenerateOptions(temperature=1.0, text_temperature=0.8, guidance=1.0)
     few = Context(context.run, context.split, min(SHOWN, context.n), context.seed, context.progress)
@@ -37,22 +40,20 @@ def write_gallery(context: Context, folder: Path) -> Path:
                 rows.append({
                     "key": key,
                     "title": f"{' + '.join(sources) or 'nothing'} -> {', '.join(targets)}",
-                    "condition": [_item(aside, f"{stem}-given", s, few.raw(s)[i]) for s in sources],
-                    "output": [_item(aside, f"{stem}-made", t, made[t][i]) for t in targets],
-                    "truth": [_item(aside, f"{stem}-true", t, few.raw(t)[i]) for t in targets],
+                    "condition": [_item(aside, f"{stem}-given", kinds[s], few.raw(s)[i]) for s in sources],
+                    "output": [_item(aside, f"{stem}-made", kinds[t], made[t][i]) for t in targets],
+                    "truth": [_item(aside, f"{stem}-true", kinds[t], few.raw(t)[i]) for t in targets],
                 })
         write_json(aside / "gallery.json", {"rows": rows})
     return folder / "gallery.json"
 
 
-def _item(folder: Path, stem: str, modality: str, raw: Any) -> dict[str, str]:
-    kind = MODALITIES.get(modality)
+def _item(folder: Path, stem: str, kind: Modality, raw: Any) -> dict[str, str]:
     if kind.kind == "text":
-        return {"modality": modality, "kind": "text", "text": raw}
-    picture = folder / f"{stem}-{modality}.png"
-    picture.write_bytes(MODALITIES.get("rgb").to_bytes(kind.show(raw)))
-    if kind.kind == "image":
-        return {"modality": modality, "kind": "image", "file": picture.name}
-    sound = folder / f"{stem}-{modality}{kind.suffix}"
+        return {"modality": kind.name, "kind": "text", "text": raw}
+    picture = kind.write_picture(raw, folder / f"{stem}-{kind.name}")
+    if kind.kind != "audio":
+        return {"modality": kind.name, "kind": "image", "file": picture.name}
+    sound = folder / f"{stem}-{kind.name}{kind.suffix}"
     kind.write_file(raw, sound)
-    return {"modality": modality, "kind": "audio", "file": sound.name, "picture": picture.name}
+    return {"modality": kind.name, "kind": "audio", "file": sound.name, "picture": picture.name}

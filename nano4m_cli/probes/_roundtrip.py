@@ -16,25 +16,28 @@ from nano4m_cli.media_compat import ensure_torchaudio
 from nano4m_cli.probes._images import absrel, angle, psnr
 from nano4m_cli.registry import MODALITIES
 from nano4m_cli.spec import TokenSpec
-from nano4m_cli.tokenizers._base import Tokenizer, open_tokenizer
+from nano4m_cli.tokenizers._base import Tokenizer, codebook_use, open_tokenizer
 from nano4m_cli.tokenizers.fsq_mel import Tokenizer as Mel
 
 WAVES = 100  # clips whose phase is reconstructed, the slow part
+SHOWN, SLOW = 12, 6  # pictures on a contact sheet; values that are decoded at all where each takes seconds
 
 
 def fidelity(tokenizer: Tokenizer, raws: list[Any], ids: list[np.ndarray]) -> dict[str, np.ndarray]:
     """Return per-sample figures (N,) of decoded ids against the raw values, by their kind and form.
 
-    psnr (dB), ssim for 8-bit pictures; absrel for metres; angle (degrees) for vectors; mel (mean absolute difference of
+    psnr (dB), ssim for 8-bit pictures and videos; absrel for metres; angle (degrees) for vectors; mel (mean absolute difference of
     log-mel, nats) for sound, of the codes alone (mel, where they are codes of log-mel) and, for the first `WAVES`, of the
-    decoded sound (mel_wave); equal for text.
+    decoded sound (mel_wave); equal for text. Where decoding is slow, N is `SLOW` at most.
     """
+    if tokenizer.slow:
+        raws, ids = raws[:SLOW], ids[:SLOW]
     kind = MODALITIES.get(tokenizer.modality).kind
     truth = [tokenizer.comparable(r) for r in raws]
     made = tokenizer.decode(ids[:WAVES] if kind == "audio" else ids)
     if kind == "image" and truth[0].dtype != np.uint8:
         return {"absrel": absrel(made, truth)} if truth[0].ndim == 2 else {"angle": angle(made, truth)}
-    if kind == "image":
+    if kind in ("image", "video"):
         return {"psnr": psnr(made, truth), "ssim": _ssim(made, truth)}
     if kind == "audio":
         out = {}
@@ -55,19 +58,14 @@ def _ssim(made: list[np.ndarray], truth: list[np.ndarray]) -> np.ndarray:
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
     a, b = (torch.from_numpy(np.stack(x)).float() / 255 for x in (made, truth))
+    a, b = (x.flatten(0, 1) if x.ndim == 5 else x for x in (a, b))  # of a video: the mean over its frames
     a, b = (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2) for x in (a, b))
-    return ssim(a, b, data_range=1.0, reduction="none", sigma=1.0, kernel_size=7).numpy()
+    return ssim(a, b, data_range=1.0, reduction="none", sigma=1.0, kernel_size=7).reshape(len(made), -1).mean(1).numpy()
 
 
 def codebook(ids: list[np.ndarray], spec: TokenSpec) -> dict[str, float]:
     """Return the share of codes used and the perplexity of their distribution, each the mean over the codebooks."""
-    used, perplexity = [], []
-    for book in np.concatenate(ids).reshape(-1, spec.codebooks).T:  # slot = t * Q + q
-        counts = np.bincount(book, minlength=spec.vocab_size)
-        p = counts[counts > 0] / counts.sum()
-        used.append((counts > 0).mean())
-        perplexity.append(np.exp(-(p * np.log(p)).sum()))
-    return {"codes_used": float(np.mean(used)), "perplexity": float(np.mean(perplexity))}
+    return codebook_use(np.concatenate(ids).reshape(-1, spec.codebooks), spec.vocab_size)  # slot = t * Q + q
 
 
 def report(dataset: DatasetFolder, modality: str, split: str = "val", limit: int = 200) -> dict[str, Any]:
@@ -81,8 +79,9 @@ def report(dataset: DatasetFolder, modality: str, split: str = "val", limit: int
     ids = tokenizer.encode(raws)
     figures = {k: float(v.mean()) for k, v in fidelity(tokenizer, raws, ids).items()}
     figures |= codebook(ids, read_specs(dataset, [modality])[0])
-    made = tokenizer.decode(ids[:12])
-    rows = [[kind.show(tokenizer.comparable(r)), kind.show(m)] for r, m in zip(raws[:12], made, strict=True)]
+    shown = SLOW if tokenizer.slow else SHOWN
+    made = tokenizer.decode(ids[:shown])
+    rows = [[kind.show(tokenizer.comparable(r)), kind.show(m)] for r, m in zip(raws[:shown], made, strict=True)]
     sheet: Path = write_sheet(dataset.tokens(modality) / "roundtrip.png", ["raw", "decoded"] * 3,
                               [sum(rows[i : i + 3], []) for i in range(0, len(rows), 3)])
     return {"figures": figures, "sheet": str(sheet), "split": split, "n": n}

@@ -2,16 +2,15 @@
 
 Preprocessing (one place: `Codec.inside`): mono 24 kHz, cut or padded with silence to the data set's `seconds`, then
 resampled where the codec's rate is another. One sound is encoded at a time: batches gain nothing on a CPU (measured
-for EnCodec, one thread), memory stays that of the longest sound, and ids cannot depend on a sound's neighbours.
+for EnCodec, one thread), memory stays that of a minute of sound, and ids cannot depend on a sound's neighbours.
 Legend: N samples, T frames, Q codebooks.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,8 +23,10 @@ from nano4m_cli.errors import ConfigError
 from nano4m_cli.media_compat import ensure_torchaudio
 from nano4m_cli.spec import TokenSpec
 from nano4m_cli.tokenizers._base import check_ids
-from nano4m_cli.tokenizers._pretrained import Pretrained, WeightsOptions, quiet_transformers
+from nano4m_cli.tokenizers._pretrained import Pretrained, WeightsOptions, from_transformers
 from nano4m_cli.tokenizers._sound import RATE, adapted, check_sounds, fixed
+
+PIECE, CONTEXT = 60.0, 10.0  # seconds encoded at once, and of what is around them
 
 
 class BookOptions(WeightsOptions):
@@ -98,7 +99,7 @@ class Codec(Pretrained):
         out = []
         with torch.inference_mode():
             for raw in raws:
-                codes_QT = self.to_codes(self.inside(raw))
+                codes_QT = self._in_pieces(self.inside(raw), self.to_codes, 1, self.hop)
                 assert codes_QT.shape == (self.codebooks, self.frames), (codes_QT.shape, self.codebooks, self.frames)
                 out.append(codes_QT.T.reshape(-1).numpy())
         return out
@@ -109,9 +110,27 @@ class Codec(Pretrained):
         with torch.inference_mode():
             for row in ids:
                 codes_TQ = check_ids(np.asarray(row), spec.shape, spec, "decode")
-                wave = resample(self.to_wave(torch.from_numpy(codes_TQ.T.copy())), self.rate, RATE)
+                wave = self._in_pieces(torch.from_numpy(codes_TQ.T.copy()), self.to_wave, self.hop, 1)
+                wave = resample(wave, self.rate, RATE)
                 out.append(fixed(wave.clamp(-1, 1).numpy(), self.samples))
         return out
+
+    def _in_pieces(self, given: Tensor, convert: Callable[[Tensor], Tensor], made: int, taken: int) -> Tensor:
+        """Return `convert(given)`; along the last axis `taken` of it give `made` of the result (samples or frames).
+
+        What lasts over PIECE seconds goes in pieces, each with CONTEXT seconds of its neighbours around it: memory stays that of
+        a piece. Codecs that look no further give the same as in one go, others nearly.
+        """
+        frames = [round(seconds * self.rate / self.hop) for seconds in (PIECE, CONTEXT)]
+        total = math.ceil(given.shape[-1] / taken)
+        if total <= frames[0]:
+            return convert(given)
+        parts = []
+        for start in range(0, total, frames[0]):
+            first, end = max(0, start - frames[1]), start + frames[0]
+            part = convert(given[..., first * taken : (end + frames[1]) * taken])
+            parts.append(part[..., (start - first) * made : (end - first) * made])
+        return torch.cat(parts, -1)
 
     def limited(self, asked: int, there: int, least: int = 1) -> int:
         """Return the number of codebooks asked for, which the model must have."""
@@ -121,27 +140,7 @@ class Codec(Pretrained):
 
     def from_transformers(self, found: dict[str, Path]) -> nn.Module:
         """Return the transformers model of a folder with config.json and model.safetensors, whole and in fp32."""
-        path = found["config.json"]
-        try:
-            kind = json.loads(path.read_text()).get("model_type")
-        except (OSError, ValueError, AttributeError) as err:
-            raise self.wrong(f"{path} is damaged: {err}") from err
-        if kind != self.model_type:
-            raise self.wrong(f"{path} is of a model of type '{kind}', '{self.model_type}' is needed")
-        ensure_torchaudio()
-        import transformers
-
-        cls = getattr(transformers, self.model_class)
-        try:
-            with quiet_transformers(), torch.random.fork_rng(devices=[]):
-                model, info = cls.from_pretrained(
-                    path.parent, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-                )
-        except Exception as err:  # transformers, safetensors and the config's checks raise types of their own
-            raise self.wrong(str(err).strip() or type(err).__name__) from err
-        if info["missing_keys"]:
-            raise self.wrong(f"{len(info['missing_keys'])} tensors are missing, e.g. {min(info['missing_keys'])}")
-        return model.eval()
+        return from_transformers(found, self.model_class, self.model_type, self.wrong)
 
 
 def resample(wave_N: Tensor, rate: int, target: int) -> Tensor:

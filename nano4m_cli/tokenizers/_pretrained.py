@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,12 +21,13 @@ from pydantic import field_validator
 
 from nano4m_cli.config import Config
 from nano4m_cli.errors import WeightsError
+from nano4m_cli.media_compat import ensure_torchaudio
 from nano4m_cli.spec import TokenizerRef
 from nano4m_cli.tokenizers._base import Tokenizer
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 CONNECT_S = 3.0  # the hub's client retries for 23 to 46 s before it says that there is no network
-PLACE = {"weights", "backend"}  # options that say where weights lie and what reads them, not what ids mean
+PLACE = {"weights", "backend", "trust_torchscript"}  # options of where weights lie and how they are read, not what ids mean
 
 
 class WeightsOptions(Config):
@@ -197,6 +198,35 @@ def _reachable(url: str) -> bool:
 def first_line(err: Exception) -> str:
     """Return the first line of an error's text, else its type."""
     return (str(err).strip() or type(err).__name__).splitlines()[0]
+
+
+def from_transformers(found: dict[str, Path], model_class: str, model_type: str, wrong: Callable[[str], WeightsError]) -> Any:
+    """Return the transformers model of a folder with config.json and model.safetensors: whole, in fp32, for inference.
+
+    Args:
+        found: the files by name. model_class, model_type: as transformers calls them. wrong: makes the error.
+    """
+    path = found["config.json"]
+    try:
+        kind = json.loads(path.read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError) as err:
+        raise wrong(f"{path} is damaged: {err}") from err
+    if kind != model_type:
+        raise wrong(f"{path} is of a model of type '{kind}', '{model_type}' is needed")
+    ensure_torchaudio()
+    import torch
+    import transformers
+
+    try:
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
+            model, info = getattr(transformers, model_class).from_pretrained(
+                path.parent, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+    except Exception as err:  # transformers, safetensors and the config's checks raise types of their own
+        raise wrong(str(err).strip() or type(err).__name__) from err
+    if info["missing_keys"]:
+        raise wrong(f"{len(info['missing_keys'])} tensors are missing, e.g. {min(info['missing_keys'])}")
+    return model.eval()
 
 
 @contextlib.contextmanager

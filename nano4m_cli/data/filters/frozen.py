@@ -8,7 +8,7 @@ from nano4m_cli.data.filters import _base
 
 
 class Filter(_base.Filter):
-    looks_at, threshold, unit = "video", 0.5, "greatest mean change between pictures, of 255"
+    looks_at, side, threshold, unit = "video", 32, 0.5, "greatest mean change between pictures, of 255"
 
     def score(self, raws: list[np.ndarray]) -> float:
         stack = np.stack(raws).astype(np.float32)

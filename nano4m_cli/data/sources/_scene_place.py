@@ -47,12 +47,12 @@ def _pack(bodies: list[Body], gaps: list[float], cam: Camera) -> tuple[list[floa
         if before is not None:
             last, width = before
             if abs(body.z - last.z) >= body.reach + last.reach:
-                own = _outline(body, 0.0, cam)
+                own = outline(body, 0.0, cam)
                 left -= OVERLAP * min(width, own[1] - own[0])
             else:
                 left += GAP
         x = _x_of_left(body, left, cam)
-        start, right = _outline(body, x, cam)
+        start, right = outline(body, x, cam)
         before = body, right - start
         xs.append(x)
     return xs, right
@@ -72,7 +72,7 @@ def _x_of_left(body: Body, u: float, cam: Camera) -> float:
     return max(k * depth + body.reach * math.sqrt(1 + (k * part) ** 2) for depth, part in _rings(body, cam))
 
 
-def _outline(body: Body, x: float, cam: Camera) -> tuple[float, float]:
+def outline(body: Body, x: float, cam: Camera) -> tuple[float, float]:
     """Return the left and right end (u) of the outline: (x - k depth)^2 = reach^2 (1 + (k part)^2), k = u / focal."""
     ends = []
     for depth, part in _rings(body, cam):

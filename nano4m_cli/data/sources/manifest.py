@@ -160,6 +160,7 @@ class Source(folder.Source):
         return json.loads(path.read_text()) if path.is_file() else {}
 
     def prepare(self, progress: Callable[[str, int, int], None]) -> None:
+        _ = self.weights  # what is missing is told of before anything is downloaded
         rows, _ = self._rows
         there, reasons = self._there, self._reasons
         missing = {r.id: r for r in rows if r.id not in there and f"{r.id}_{round(r.start):06d}" not in there}

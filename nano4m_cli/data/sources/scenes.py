@@ -4,7 +4,8 @@ One to three objects (shape, colour, size, material) stand on a plane, left to r
 caption show all attributes; sound has shape, size and material; depth and normals have shape and size. What a modality
 does not determine is therefore known exactly, and so is the best accuracy anyone can reach from it.
 
-A scene is a function of (seed, split, index) alone; the picture's size changes its sampling, not the scene.
+A scene is a function of (seed, split, index) alone; the picture's size changes its sampling, not the scene. With video=true
+objects move (_scene_motion.py), and everything else stays as it is without: the picture is the video's middle frame.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import math
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from nano4m_cli import rng
 from nano4m_cli.config import Config
+from nano4m_cli.data.sources import _scene_motion as motion
 from nano4m_cli.data.sources import _scene_render as render
 from nano4m_cli.data.sources import _scene_sound as sound
 from nano4m_cli.data.sources import _scene_text as text
@@ -35,6 +37,7 @@ from nano4m_cli.modalities.caption import MODALITY as CAPTION
 from nano4m_cli.modalities.depth import MODALITY as DEPTH
 from nano4m_cli.modalities.normal import MODALITY as NORMAL
 from nano4m_cli.modalities.rgb import MODALITY as RGB
+from nano4m_cli.modalities.video import MODALITY as VIDEO
 
 SPLITS = ("train", "val", "test", "test_novel")
 SHAPES, COLOURS, SIZES, MATERIALS = (text.ATTRIBUTES[a].values for a in ("shape", "colour", "size", "material"))
@@ -79,7 +82,8 @@ class Scene(NamedTuple):
 
 
 class Raw(NamedTuple):
-    """A scene's raw values: rgb (n, n, 3) uint8, depth (n, n), normal (n, n, 3), audio (samples,), caption, labels."""
+    """A scene's raw values: rgb (n, n, 3) uint8, depth (n, n), normal (n, n, 3), audio (samples,), caption, labels,
+    video (frames, n, n, 3) uint8."""
 
     rgb: np.ndarray
     depth: np.ndarray
@@ -87,6 +91,7 @@ class Raw(NamedTuple):
     audio: np.ndarray
     caption: str
     labels: dict
+    video: np.ndarray | None = None
 
 
 class Source(BaseSource):
@@ -95,7 +100,8 @@ class Source(BaseSource):
     class Options(Config):
         """Counts are samples per split (judge: None is an eighth of train).
 
-        `supersample` smooths RGB only, depth and normals stay exact per pixel.
+        `supersample` smooths RGB only, depth and normals stay exact per pixel. `video`: objects move, and each sample has
+        `frames` pictures of that, `fps` a second; the data set's name is then scenes-video by default.
         """
 
         name: str = Field("scenes", pattern=r"^[A-Za-z0-9_-]+$")
@@ -111,6 +117,14 @@ class Source(BaseSource):
         test_novel: int = Field(300, ge=0)
         judge: int | None = Field(None, ge=0)
         shard_size: int = Field(1000, ge=1)
+        video: bool = False
+        frames: int = Field(8, ge=2, le=64)
+        fps: float = Field(8.0, gt=0, le=120)
+
+        @model_validator(mode="before")
+        @classmethod
+        def _named(cls, given: Any) -> Any:
+            return {"name": "scenes-video", **given} if isinstance(given, dict) and given.get("video") else given
 
         @model_validator(mode="after")
         def _check(self):
@@ -127,25 +141,30 @@ class Source(BaseSource):
     def info(self) -> DatasetInfo:
         o = self.options
         picture = {"size": [o.size, o.size]}
+        sizes = {"rgb": picture, "depth": picture, "normal": picture, "audio": {"seconds": o.seconds, "rate": RATE}}
+        attributes, determined = text.ATTRIBUTES, {modality: list(known) for modality, known in DETERMINED.items()}
+        limits, told_limits = ceilings(), ceilings(told=True)
+        if o.video:
+            attributes = {**attributes, "motion": motion.MOTION}
+            sizes["video"] = {**picture, "frames": o.frames, "fps": o.fps}
+            for modality in determined:
+                for limit in (limits, told_limits):
+                    limit.setdefault(modality, {})["motion"] = 1 / len(motion.WAYS)
+            determined["video"] = list(attributes)
         return DatasetInfo(
             name=o.name,
             source="scenes",
-            options=o.model_dump(mode="json"),
+            options=o.model_dump(mode="json", exclude=None if o.video else {"video", "frames", "fps"}),
             version=self.version,
-            modalities=list(DETERMINED),
+            modalities=list(determined),
             splits={split: getattr(o, split) for split in SPLITS},
             judge=self.judge_samples,
-            sizes={
-                "rgb": picture,
-                "depth": picture,
-                "normal": picture,
-                "audio": {"seconds": o.seconds, "rate": RATE},
-            },
-            attributes=text.ATTRIBUTES,
+            sizes=sizes,
+            attributes=attributes,
             max_objects=o.max_objects,
-            determined={modality: list(known) for modality, known in DETERMINED.items()},
-            ceilings=ceilings(),
-            told_ceilings=ceilings(told=True),
+            determined=determined,
+            ceilings=limits,
+            told_ceilings=told_limits,
             through_labels=["audio", "caption"],
             notes="Procedural, no licence attached. test_novel shows only (shape, colour, material) triples that no "
             "other split shows; ceilings are those of the other splits. "
@@ -173,6 +192,8 @@ class Source(BaseSource):
 def encode(key: str, raw: Raw) -> Sample:
     labels = json.dumps(raw.labels, sort_keys=True, separators=(",", ":"))
     members = {m.ext: m.to_bytes(v) for m, v in zip((RGB, DEPTH, NORMAL, AUDIO, CAPTION), raw[:5], strict=True)}
+    if raw.video is not None:
+        members[VIDEO.ext] = VIDEO.to_bytes(raw.video)
     return Sample(key, {**members, "labels.json": labels.encode()})
 
 
@@ -261,7 +282,24 @@ def raw_scene(options: Source.Options, split: str, index: int) -> Raw:
         "light": [round(v, 5) for v in scene.light],
         "camera": {"height": cam.height, "pitch": round(cam.pitch, 6), "focal": cam.focal, "far": render.FAR},
     }
-    return Raw(rgb, traced.depth, normal, sound.clip(scene.notes, options.seconds), scene.caption, labels)
+    raw = Raw(rgb, traced.depth, normal, sound.clip(scene.notes, options.seconds), scene.caption, labels)
+    return raw if not options.video else _moving(options, raw, scene, fine, motion.draw_moves(
+        options.seed, split, index, scene.bodies, cam))
+
+
+def _moving(options: Source.Options, raw: Raw, scene: Scene, fine: render.Grid, moves: list[motion.Move]) -> Raw:
+    """Return the raw values with the video and, per object, its motion and velocity (x, z) in metres a second."""
+    frames = []
+    for part in motion.parts(options.frames):
+        if part == 0:
+            frames.append(raw.rgb)
+            continue
+        bodies = [move.of(body, part) for move, body in zip(moves, scene.bodies, strict=True)]
+        frames.append(shrink(shade(fine, render.trace(fine, bodies), bodies, scene.light), options.supersample))
+    rate = options.fps / (options.frames // 2)
+    told = [{**thing, "motion": m.motion, "velocity": [round(rate * m.x, 5), round(rate * m.z, 5)]}
+            for thing, m in zip(raw.labels["objects"], moves, strict=True)]
+    return raw._replace(labels={**raw.labels, "objects": told}, video=np.stack(frames))
 
 
 def _label(i: int, body: Body, note: tuple[str, str, float, float], traced: render.Traced) -> dict:
