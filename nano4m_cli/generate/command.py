@@ -99,8 +99,8 @@ def generate_files(
             raise UnknownNameError(f"run '{run.name}' has no modality '{name}'", did_you_mean(name, names))
     if not targets:
         raise UsageError("nothing to generate", "name at least one modality with --to")
-    kinds = {spec.modality: spec.kind for spec in run.layout.specs}
-    both = [t for t in targets if t in conditions and kinds[t] != "sequence"]
+    read = {spec.modality: spec.kind for spec in run.layout.specs}
+    both = [t for t in targets if t in conditions and read[t] != "sequence"]
     if both or len(set(targets)) != len(targets):
         raise UsageError(f"'{(both or list(targets))[0]}' is given and asked for, or asked for twice")
     truth = find_sample(run.dataset, sample, names) if sample else {}

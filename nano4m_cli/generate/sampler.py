@@ -18,8 +18,8 @@ from nano4m_cli.config import Config
 from nano4m_cli.errors import UsageError
 from nano4m_cli.generate.choose import counts, draw, filter_logits
 from nano4m_cli.masking._mixture import IN_DISTRIBUTION
-from nano4m_cli.model.batch import Packed, pack
 from nano4m_cli.model.base import TokenModel
+from nano4m_cli.model.batch import Packed, pack
 from nano4m_cli.model.fourm import FourM
 from nano4m_cli.model.gpt import GPT
 from nano4m_cli.rng import uniform

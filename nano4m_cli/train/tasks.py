@@ -13,8 +13,8 @@ from nano4m_cli.data.loader import SampleOrder, TokenData
 from nano4m_cli.errors import ConfigError, DataError, did_you_mean
 from nano4m_cli.masking._base import Key
 from nano4m_cli.masking._mixture import Mixture
-from nano4m_cli.model.batch import Packed, pack
 from nano4m_cli.model.base import TokenModel
+from nano4m_cli.model.batch import Packed, pack
 from nano4m_cli.rng import bits
 from nano4m_cli.tokenizers._base import GradientTokenizer
 from nano4m_cli.train.config import RunConfig
