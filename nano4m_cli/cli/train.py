@@ -33,6 +33,7 @@ def command(
     nano4m train cfgs/5mod.yaml
     nano4m train demo train.steps=50 --dry-run
     nano4m train demo --resume
+    nano4m train cfgs/import/nano4m_audio.yaml checkpoint=checkpoint-final.safetensors
 
     --json: {run, path, dataset, steps, figures}; with --dry-run {run, dataset, ..., masking: {...},
     directions: {"a->b": {frequency, in_distribution}}}.
@@ -44,7 +45,8 @@ def command(
 
     loaded = load_run_config(path, settings or [])
     workspace = Workspace.at(root)
-    (_fit_tokenizer if loaded.task == "tokenizer" else _train)(show, workspace, loaded, resume, device, dry_run)
+    work = {"tokenizer": _fit_tokenizer, "import": _import}.get(loaded.task, _train)
+    work(show, workspace, loaded, resume, device, dry_run)
 
 
 def find_config(given: str) -> Path:
@@ -117,6 +119,21 @@ def _fit_tokenizer(show: Show, workspace: Any, config: Any, resume: bool, device
         raise stopped(err, True) from err
     _show_end(show, config, folder, dataset.name, last)
     show.line(f"tokenizer: {dataset.tokenizer(config.tokenizer.modality)}")
+
+
+def _import(show: Show, workspace: Any, config: Any, resume: bool, device: str, dry_run: bool) -> None:
+    from nano4m_cli.train.importing import convert
+
+    made = convert(config, workspace)
+    show.say(f"data set: {made.dataset.name} ({made.dataset.path})")
+    show.table(["tensors", "n", "what became of them"], made.rows)
+    show.line("")
+    head = ["checkpoint's", "ours", "ids", "slots", "tokens of the data set"]
+    keys = ("theirs", "ours", "ids", "slots", "tokens")
+    show.table(head, [[m[k] for k in keys] for m in made.report["modalities"]])
+    if not dry_run:
+        show.line(f"run: {made.write()}")
+    show.document({**made.report, "path": made.folder, "dry_run": dry_run})
 
 
 def _show_end(show: Show, config: Any, folder: Path, dataset: str, figures: dict[str, float]) -> None:
