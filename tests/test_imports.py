@@ -4,8 +4,11 @@ Small ones with random weights are written here in the published formats (names,
 computed by the plain models below, which follow the descriptions and share no code with ours.
 """
 
+import base64
 import json
 import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ import torch
 from codec_factory import text_small
 from safetensors.torch import load_file, save_file
 from test_cli import run as cli
-from workspace_factory import one_thread, write_tokens  # noqa: F401 - a fixture
+from workspace_factory import linked, media, one_thread, tiny, write_tokens  # noqa: F401 - fixtures
 
 from nano4m_cli.config import load_yaml
 from nano4m_cli.data._atomic import write_json
@@ -122,7 +125,7 @@ WIDTH, HEADS = 16, 2
 COURSE = {  # ids and slots
     "tok_rgb@16": (60, 16), "tok_audio@12": (32, 12), "tok_depth@16": (40, 16), "tok_normal@16": (40, 16), "scene_desc": (320, 24),
 }  # fmt: skip
-PAD, SOS, EOS = 317, 318, 319
+PAD, SOS, EOS = 301, 302, 303  # behind the words, as after GPT-2's 50257
 COURSE_MODEL = {"pad": PAD, "sos": SOS, "eos": EOS}
 
 
@@ -323,6 +326,8 @@ def test_its_softmax_can_be_over_the_modality_s_own_ids(space, tmp_path):
             x is y is None or torch.equal(x, y) for x, y in zip(over_all(packed), over_own(packed), strict=True)
         )
     assert "as published" in over_all.notes[0] and "own ids" in over_own.notes[0]
+    fresh = MODELS["course4m"](over_all.config, over_all.layout)  # what no file is read into begins with their positions too
+    torch.testing.assert_close(fresh.position, sincos_1d(24, WIDTH))
 
 
 def test_other_names_and_sizes_of_the_course(space, tmp_path):
@@ -601,6 +606,7 @@ def test_tensors_that_do_not_fit_are_errors_that_name_them(space, tmp_path, chan
     ({"vocab_sizes": [60, 64, 40, 40, 320]}, {}, "'audio' has 64 ids, the data set's 2 x 16"),
     ({"max_seq_lens": [16, 12, 9, 16, 24]}, {}, "'depth' has 9 slots, the data set's 16"),
     ({"max_seq_lens": [16, 12, 16, 16, 9]}, {}, "'caption' has 9 slots with .SOS., the data set's 9"),
+    ({}, {"model": {"pad": 310, "sos": 311, "eos": 312}}, "'caption' has 310 ids of words, the data set's 301"),
     ({}, {"model": {}}, "'caption' has 320 ids, text needs id 50259"),
 ])
 def test_heads_that_do_not_fit_are_errors_that_name_the_modality(space, tmp_path, head, more, said):
@@ -630,6 +636,12 @@ def test_pickles_are_refused_and_never_read(space, tmp_path):
         with pytest.raises(WeightsError, match="is a pickle, which may run code") as caught:
             convert(run_config(tmp_path / name), space)
         assert "safetensors" in caught.value.hint
+    w = course_tensors(layers=(1, 1))
+    for n in range(256):  # heads of every length: one begins with the byte that a pickle begins with
+        save_file(w, tmp_path / "long.safetensors", metadata={**course_head(), "_target_": "x" * n})
+        if (tmp_path / "long.safetensors").read_bytes()[0] == 0x80:
+            break
+    assert (tmp_path / "long.safetensors").read_bytes()[0] == 0x80 and convert(run_config(tmp_path / "long.safetensors"), space)
     (tmp_path / "cut.safetensors").write_bytes(course_file(tmp_path).read_bytes()[:3000])
     with pytest.raises(WeightsError, match="no whole safetensors file"):
         convert(run_config(tmp_path / "cut.safetensors"), space)
@@ -681,7 +693,7 @@ def test_from_a_foreign_folder_to_figures(tmp_path, monkeypatch, one_thread):  #
     w = course_tensors(layers=(2, 1))
     save_file(w, tmp_path / "final.safetensors", metadata=course_head(enc_depth=2, dec_depth=1))
     (tmp_path / "c.yaml").write_text(
-        "task: import\nname: imported\nmodel: {pad: 317, sos: 318, eos: 319}\n"
+        "task: import\nname: imported\nmodel: {pad: 301, sos: 302, eos: 303}\n"
         "masking: {components: [{type: dirichlet, input: [4, 24], target: [4, 24]}], slots: {audio: span}}\n"
         "train: {steps: 3, batch: 4, precision: fp32, val_every: 3, warmup: 1}\n"
     )
@@ -738,3 +750,115 @@ def test_from_a_foreign_folder_to_figures(tmp_path, monkeypatch, one_thread):  #
 
     tuned = done("train", run / "config.yaml", "--resume")
     assert "loss" in tuned.stdout and (run / "checkpoints" / "step-00000003").is_dir()
+
+
+# -- our own, given away ----------------------------------------------------------------------------------------------
+
+
+def test_an_export_is_read_back(media, tmp_path, one_thread):  # noqa: F811
+    """Averaged weights, config, tokenizers and a card; imported elsewhere it is the same model, number by number."""
+    run = open_run(media, "demo")
+    away = tmp_path / "away"
+    done = cli("train", media.root / "runs" / "demo" / "config.yaml", "--export", away, "--root", media.root, "--json")
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert document["run"] == "demo" and document["pushed"] is None and str(away / "model.safetensors") in document["files"]
+    card = (away / "README.md").read_text()
+    for part in ("# demo", "| caption | sequence |", "Procedural, no licence attached", "4 steps of 8 samples",
+                 "nano4m fetch scenes", "type: dirichlet", "None were measured on this checkpoint"):
+        assert part in card, (part, card)
+    assert (away / "tokenizers" / "rgb" / "tokenizer.json").is_file()
+    state = load_file(away / "model.safetensors")
+    assert set(state) == set(run.model.state_dict()) and all(torch.equal(state[k], v) for k, v in run.model.state_dict().items())
+
+    other = linked(media, tmp_path / "other")
+    (tmp_path / "i.yaml").write_text("task: import\n")
+    done = cli("train", tmp_path / "i.yaml", f"checkpoint={away}", "name=again", "--root", other.root)
+    assert done.exit_code == 0, done.output
+    again = open_run(other, "again")
+    assert again.config.task == "fourm" and again.config.masking == run.config.masking and again.layout.names == run.layout.names
+    packed = pack(run.layout, *own_sample(run.layout), run.model.config.registers)
+    with torch.no_grad():
+        assert torch.equal(run.model.nll(packed), again.model.nll(packed))
+
+    assert cli("train", tmp_path / "i.yaml", f"checkpoint={away}", "--push", "me/x", "--root", other.root).exit_code == 2
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("x")
+    refused = cli("train", media.root / "runs" / "demo" / "config.yaml", "--export", tmp_path / "full", "--root", media.root)
+    assert refused.exit_code == 1 and "is there and is no export" in refused.output and (tmp_path / "full" / "thesis.txt").is_file()
+    doc = json.loads((away / "config.json").read_text())
+    doc["specs"][0]["vocab_size"] += 1
+    doc["specs"][0]["levels"] = []
+    (away / "config.json").write_text(json.dumps(doc))
+    refused = cli("train", tmp_path / "i.yaml", f"checkpoint={away}", "name=b", "--root", other.root)
+    assert refused.exit_code == 1 and "tokens are not those this run was trained on" in refused.output
+
+
+def own_sample(layout):
+    g = np.random.default_rng(0)
+    vocab = np.array([v for _, _, v in layout.groups])[layout.group_C]
+    mask = g.random((3, layout.columns)) < 0.3
+    mask[:, layout.sequence_C] = False
+    return g.integers(0, vocab, mask.shape), mask, ~mask & ~layout.sequence_C
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's HTTP interface as an upload uses; what arrives is kept."""
+
+    kept: dict = {}
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Authorization") != "Bearer hf_right":
+            return self.answer({"error": "Invalid username or password."}, 401)
+        if self.path == "/api/repos/create":
+            self.kept["repo"] = json.loads(body)
+            return self.answer({"url": "https://huggingface.co/me/x", "name": "me/x", "id": "me/x"})
+        if self.path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if "/preupload/" in self.path:
+            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
+            return self.answer({"files": files})
+        for line in body.splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                self.kept[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+        self.answer({"success": True, "commitUrl": "https://huggingface.co/me/x/commit/1", "commitOid": "1" * 40, "hookOutput": ""})
+
+    def do_GET(self):
+        known = self.path.startswith("/api/models/me/x")
+        self.answer({"id": "me/x", "sha": "0" * 40, "siblings": []} if known else {}, 200 if known else 404)
+
+    def answer(self, doc, status=200):
+        data = json.dumps(doc).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_an_export_is_pushed_to_the_hub(media, tmp_path, monkeypatch):  # noqa: F811
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    demo, away = media.root / "runs" / "demo" / "config.yaml", tmp_path / "away"
+    args = ("train", demo, "--export", away, "--push", "me/x", "--root", media.root)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    refused = cli(*args)
+    assert refused.exit_code == 1 and "'me/x' was not pushed" in refused.output and "hf auth login" in refused.output
+    assert (away / "model.safetensors").is_file(), "the export itself is there"
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    done = cli(*args)
+    server.shutdown()
+    assert done.exit_code == 0, done.output
+    repo = Hub.kept.pop("repo")
+    assert repo["name"] == "x" and repo["organization"] == "me" and (repo.get("private") or repo.get("visibility") == "private")
+    files = {str(p.relative_to(away)): p.read_bytes() for p in away.rglob("*") if p.is_file()}
+    assert Hub.kept == files and "README.md" in files and "config.json" in files
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE forbids it" in cli(*args).output

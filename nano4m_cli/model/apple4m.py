@@ -20,6 +20,7 @@ from nano4m_cli.errors import WeightsError
 from nano4m_cli.model._foreign import ForeignConfig, ForeignModel, Head, Shown, Slots, with_more
 from nano4m_cli.model.attention import Mask
 from nano4m_cli.model.batch import Packed
+from nano4m_cli.model.layers import position_table
 from nano4m_cli.spec import Layout, TokenSpec
 
 
@@ -80,8 +81,8 @@ class Apple4M(ForeignModel):
         self.embed = nn.Parameter(torch.randn(total, d) * 0.02)
         self.enc_modality = nn.Parameter(torch.randn(m, d) * 0.02)
         self.dec_modality = nn.Parameter(torch.randn(m, d) * 0.02)
-        self.register_buffer("enc_position", torch.zeros(layout.columns, d))
-        self.register_buffer("dec_position", torch.zeros(layout.columns, d))
+        for side in ("enc", "dec"):
+            self.register_buffer(f"{side}_position", position_table(layout, d))
         self.mask_token = nn.Parameter(torch.randn(1, d) * 0.02)
         self.register_tokens = nn.Parameter(torch.randn(c.registers, d) * 0.02) if c.registers else None
         self.context = nn.Linear(d, d)

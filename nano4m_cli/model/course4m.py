@@ -21,6 +21,7 @@ from nano4m_cli.errors import WeightsError
 from nano4m_cli.model._foreign import ForeignConfig, ForeignModel, Head, Shown, Slots, with_more
 from nano4m_cli.model.attention import Mask
 from nano4m_cli.model.batch import Packed
+from nano4m_cli.model.layers import sincos
 from nano4m_cli.spec import Layout, TokenSpec
 
 
@@ -71,6 +72,11 @@ class CourseConfig(ForeignConfig):
             if max(self.sos, self.eos, self.pad) >= vocab or ids > vocab:
                 top = max(self.sos, self.eos, self.pad, ids - 1)
                 raise WeightsError(f"{name} has {vocab} ids, text needs id {top}", "say model.sos, model.eos and model.pad")
+            if ids < min(self.sos, self.eos, self.pad):
+                raise WeightsError(
+                    f"{name} has {min(self.sos, self.eos, self.pad)} ids of words, the data set's {ids}",
+                    f"nano4m tokenize {m}.name=hf_text with the checkpoint's own vocabulary (GPT-2's)",
+                )
             if spec.slots + 1 > length:
                 hint = f"nano4m tokenize {m}.name=hf_text {m}.max_length={length - 1}"
                 raise WeightsError(f"{name} has {length} slots with [SOS], the data set's {spec.slots} without it", hint)
@@ -88,7 +94,7 @@ class Course4M(ForeignModel):
         c.check(layout.specs)
         d, m = c.width, len(c.modalities)
         self.embed = nn.Parameter(torch.randn(c.vocab, d) * 0.02)
-        self.register_buffer("position", torch.zeros(c.places, d))
+        self.register_buffer("position", sincos(np.arange(c.places)[:, None], d, 1))
         self.enc_modality = nn.Parameter(torch.randn(m, d) * 0.02)
         self.dec_modality = nn.Parameter(torch.randn(m, d) * 0.02)
         self.context = nn.Linear(d, d, bias=c.context_bias)

@@ -21,6 +21,7 @@ from torch import Tensor
 from nano4m_cli.errors import WeightsError
 from nano4m_cli.tokenizers._pretrained import file_hash, find
 
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SAVE = "save its tensors as safetensors where they can be trusted: safetensors.torch.save_file(state_dict, FILE)"
 
@@ -36,7 +37,10 @@ class ForeignFile:
 
 
 def read(place: str) -> ForeignFile:
-    """Return what is in a safetensors file, in a folder with one (and config.json), or in a repository of the hub."""
+    """Return what is in a safetensors file, in a folder with one (and config.json), or in a repository of the hub.
+
+    A file whose head says nothing is told of by the config.json beside it.
+    """
     path, beside = Path(place).expanduser(), None
     if path.is_dir() and not (path / WEIGHTS).is_file() and len(alone := sorted(path.glob("*.safetensors"))) == 1:
         path, beside = alone[0], path / CONFIG
@@ -47,6 +51,8 @@ def read(place: str) -> ForeignFile:
     told = {k: literal(v) for k, v in head.items() if k != "format"}
     for name in [k for k, v in head.items() if v in tensors and k not in tensors]:
         tensors[name] = tensors[told.pop(name)]  # tensors that were one in the model are written once
+    if beside is None and not told:
+        beside = path.with_name(CONFIG)
     if beside is not None and beside.is_file():
         told = _config(beside)
     return ForeignFile(path, tensors, told, file_hash(path))
@@ -58,7 +64,8 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             start = file.read(9)
     except OSError as err:
         raise WeightsError(f"cannot read {path}: {err.strerror}") from err
-    if start[:2] == b"PK" or start[:1] == b"\x80" or path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
+    # A safetensors file begins with a length, which may be any bytes, and then JSON.
+    if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80" or path.suffix in PICKLES):
         raise WeightsError(f"{path} is a pickle, which may run code when it is read; it is not read", SAVE)
     try:
         with safe_open(path, framework="pt") as file:

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from nano4m_cli.config import build
+from nano4m_cli.data.loader import read_specs
 from nano4m_cli.data.sources._tokens_layouts import modality_of
-from nano4m_cli.errors import ConfigError, WeightsError
-from nano4m_cli.model._foreign import ForeignConfig, ForeignModel
+from nano4m_cli.data.workspace import DatasetFolder
+from nano4m_cli.errors import ConfigError, DataError, WeightsError, did_you_mean
+from nano4m_cli.masking._mixture import MaskingConfig
 from nano4m_cli.model.apple4m import Apple4M, AppleConfig
+from nano4m_cli.model.base import TokenModel, TransformerConfig
 from nano4m_cli.model.course4m import Course4M, CourseConfig
 from nano4m_cli.spec import Layout
 from nano4m_cli.train._foreign_file import Account, ForeignFile
@@ -92,22 +95,63 @@ def _sized(account: Account, where: tuple[str, str], d: int) -> str:
     return f"d{layers[0]}-{layers[1]}w{d}"
 
 
-class _Foreign:
-    """A checkpoint that is understood: `modalities` by our names, in its order; `convert` it for those of a layout."""
+class Foreign:
+    """A checkpoint that is understood: `modalities` by our names, in its order; `convert` it for those of a layout.
+
+    names: ours by theirs. sizes: ids and slots of each modality there. masking, loss_weights: of the run it becomes.
+    """
 
     task: str
-    names: dict[str, str]  # ours by theirs
+    names: dict[str, str]
+    sizes: dict[str, tuple[int, int]]
     account: Account
-    config: ForeignConfig
-    model: type[ForeignModel]
+    config: TransformerConfig
+    model: type[TokenModel]
+    masking: MaskingConfig
+    loss_weights: dict[str, float]
 
     @property
     def modalities(self) -> list[str]:
         return list(self.names.values())
 
-    def _shapes(self, layout: Layout) -> dict[str, tuple[int, ...]]:
+    def layout(self, dataset: DatasetFolder, chosen: list[str]) -> Layout:
+        """Return the layout of the modalities to be used: those that the data set has, unless some are chosen."""
+        tokenised, known = dataset.tokenised(), self.modalities
+        for name in chosen:
+            if name not in known:
+                raise ConfigError(f"data.modalities: the checkpoint has no '{name}'", did_you_mean(name, known))
+        chosen = chosen or [m for m in known if m in tokenised]
+        if not chosen:
+            raise DataError(
+                f"data set '{dataset.name}' and the checkpoint share no modality: {', '.join(tokenised) or 'none'} are tokenised, "
+                f"the checkpoint has {', '.join(known)}", "name them alike: 'rename={THEIRS: OURS}'",
+            )
+        return Layout(read_specs(dataset, chosen))
+
+    def convert(self, layout: Layout) -> dict[str, Tensor]:
+        """Return the state of our model over the layout; tensors that are missing or unknown are a WeightsError."""
+        raise NotImplementedError
+
+    def _form(self, layout: Layout) -> TokenModel:
         with torch.device("meta"):  # names and shapes only
-            return {k: tuple(v.shape) for k, v in self.model(self.config, layout).state_dict().items()}
+            return self.model(self.config, layout)
+
+    def shapes(self, layout: Layout) -> dict[str, tuple[int, ...]]:
+        return {k: tuple(v.shape) for k, v in self._form(layout).state_dict().items()}
+
+    def parameters(self, layout: Layout) -> int:
+        return sum(p.numel() for p in self._form(layout).parameters())
+
+
+class _Theirs(Foreign):
+    """A checkpoint of another project; its masking is what the config of the import says."""
+
+    config: CourseConfig | AppleConfig
+
+    def _known(self, run: ImportRun) -> None:
+        c = self.config
+        self.sizes = dict(zip(c.modalities, zip(c.vocab_sizes, c.lengths, strict=True), strict=True))
+        self.masking, self.loss_weights = run.masking, run.loss_weights
 
     def _close(self) -> None:
         if not self.config.norm_bias:
@@ -116,11 +160,8 @@ class _Foreign:
                     self.account.leave(name, "a bias of zeros")
         self.account.close()
 
-    def convert(self, layout: Layout) -> dict[str, Tensor]:
-        raise NotImplementedError
 
-
-class Course(_Foreign):
+class Course(_Theirs):
     task, model = "course4m", Course4M
 
     def __init__(self, file: ForeignFile, run: ImportRun):
@@ -151,9 +192,10 @@ class Course(_Foreign):
             "context_bias": "dec_context_proj.bias" in a, "logits_bias": "to_logits.bias" in a,
         }  # fmt: skip
         self.config = build(CourseConfig, {**found, **run.model}, "model")
+        self._known(run)
 
     def convert(self, layout: Layout) -> dict[str, Tensor]:
-        state = {k: self.account.take(_course_name(k), k, shape) for k, shape in self._shapes(layout).items()}
+        state = {k: self.account.take(_course_name(k), k, shape) for k, shape in self.shapes(layout).items()}
         self._close()
         return state
 
@@ -182,7 +224,7 @@ def _renamed(key: str, names: Mapping[str, str]) -> str:
     return key
 
 
-class Apple(_Foreign):
+class Apple(_Theirs):
     task, model = "apple4m", Apple4M
 
     def __init__(self, file: ForeignFile, run: ImportRun):
@@ -221,9 +263,10 @@ class Apple(_Foreign):
             "registers": a.shape("register_tokens")[1] if "register_tokens" in a else 0,
         }  # fmt: skip
         self.config = build(AppleConfig, {**found, **run.model}, "model")
+        self._known(run)
 
     def convert(self, layout: Layout) -> dict[str, Tensor]:
-        a, d, shapes = self.account, self.config.width, self._shapes(layout)
+        a, d, shapes = self.account, self.config.width, self.shapes(layout)
         theirs = {ours: t for t, ours in self.names.items()}
         tables = {k: [] for k in ("embed", "told", "head.table", *(f"{e}_{w}" for e in ("enc", "dec")
                                                                     for w in ("modality", "position")))}
@@ -272,7 +315,7 @@ def _domains(told: Mapping[str, Any], key: str, file: ForeignFile) -> list[str]:
     return value
 
 
-def understand(file: ForeignFile, run: ImportRun) -> _Foreign:
+def understand(file: ForeignFile, run: ImportRun) -> Foreign:
     """Return the checkpoint as the architecture that its tensors' names tell."""
     if any(re.sub(r"^module\.", "", n) == "enc_tok_emb.weight" for n in file.tensors):
         return Course(file, run)

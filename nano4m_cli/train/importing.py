@@ -1,4 +1,4 @@
-"""`task: import`: a checkpoint of another project becomes a run at step 0, checked against the tokens of a data set."""
+"""`task: import`: a checkpoint of another project, or an export, becomes a run at step 0, checked against a data set's tokens."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from nano4m_cli import __version__
 from nano4m_cli.config import build, dump_yaml
 from nano4m_cli.data._atomic import atomic_file, write_json
-from nano4m_cli.data.loader import read_specs
 from nano4m_cli.data.workspace import DatasetFolder, Workspace
-from nano4m_cli.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from nano4m_cli.errors import CheckpointError, ConfigError
 from nano4m_cli.masking._mixture import Mixture
 from nano4m_cli.spec import Layout
 from nano4m_cli.train import checkpoint
 from nano4m_cli.train._foreign_file import read
 from nano4m_cli.train._foreign_models import understand
 from nano4m_cli.train.config import TASKS, ImportRun, RunConfig
+from nano4m_cli.train.export import LIBRARY, Own
 
 
 @dataclass
@@ -57,36 +57,26 @@ class Imported:
 def convert(run: ImportRun, workspace: Workspace) -> Imported:
     """Read a checkpoint and check it against the data set's tokens; nothing is written.
 
-    The modalities are those that both have, in the checkpoint's order, unless data.modalities names them.
+    The modalities are those that both have, in the checkpoint's order, unless data.modalities names them. An export of
+    our own has its modalities all, of ids of the same meaning, and brings its masking where the config says none.
     """
     if not run.checkpoint:
         raise ConfigError("no checkpoint is named", "give checkpoint=FILE, a folder with model.safetensors, or an id on the hub")
     dataset = workspace.dataset(run.data.dataset)
     file = read(run.checkpoint)
-    foreign = understand(file, run)
-    tokenised, known = dataset.tokenised(), foreign.modalities
-    for name in run.data.modalities:
-        if name not in known:
-            raise ConfigError(f"data.modalities: the checkpoint has no '{name}'", did_you_mean(name, known))
-    chosen = run.data.modalities or [m for m in known if m in tokenised]
-    if not chosen:
-        raise DataError(
-            f"data set '{dataset.name}' and the checkpoint share no modality: {', '.join(tokenised) or 'none'} are tokenised, the "
-            f"checkpoint has {', '.join(known)}", "name them alike: 'rename={THEIRS: OURS}'",
-        )
-    layout = Layout(read_specs(dataset, chosen))
+    foreign = Own(file, run) if file.told.get("library") == LIBRARY else understand(file, run)
+    layout = foreign.layout(dataset, run.data.modalities)
     state = foreign.convert(layout)
-    data = {"dataset": dataset.name, "modalities": chosen, "train": run.data.train, "val": run.data.val}
+    data = {"dataset": dataset.name, "modalities": layout.names, "train": run.data.train, "val": run.data.val}
     config = build(TASKS[foreign.task], {
         "task": foreign.task, "name": run.name, "seed": run.seed, "data": data, "model": foreign.config.model_dump(mode="json"),
-        "masking": run.masking.model_dump(mode="json"), "loss_weights": run.loss_weights,
+        "masking": foreign.masking.model_dump(mode="json"), "loss_weights": foreign.loss_weights,
         "train": run.train.model_dump(mode="json"),
     }, "import")  # fmt: skip
     Mixture(config.masking, layout)  # a masking that does not suit is told of now
     specs = {s.modality: s for s in layout.specs}
-    about = dict(zip(known, zip(foreign.config.vocab_sizes, foreign.config.lengths, strict=True), strict=True))
     modalities = [
-        {"theirs": t, "ours": o, "ids": about[o][0], "slots": about[o][1], "used": o in specs,
+        {"theirs": t, "ours": o, "ids": foreign.sizes[o][0], "slots": foreign.sizes[o][1], "used": o in specs,
          "tokens": f"{specs[o].kind} {'x'.join(map(str, specs[o].shape))} of {specs[o].vocab_size}" if o in specs else None}
         for t, o in foreign.names.items()
     ]  # fmt: skip
@@ -94,7 +84,7 @@ def convert(run: ImportRun, workspace: Workspace) -> Imported:
     report = {
         "checkpoint": {"path": str(file.path), "sha256": file.sha256, "says": file.told}, "architecture": foreign.task,
         "size": foreign.config.size, "run": run.name, "dataset": dataset.name, "modalities": modalities,
-        "parameters": sum(t.numel() for t in state.values()),
+        "parameters": foreign.parameters(layout),
         "tensors": {"in_file": len(file.tensors), "used": account.taken, "left": account.left},
     }  # fmt: skip
     folder = workspace.root / "runs" / run.name
