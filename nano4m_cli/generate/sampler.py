@@ -104,8 +104,11 @@ def fill(model: TokenModel, state: State, target: str, options: GenerateOptions)
     with torch.inference_mode():
         if isinstance(model, GPT):
             _read_on(model, state, target, options)
-        elif spec.kind == "sequence" and not model.wholly:
+        elif spec.kind == "sequence" and not model.wholly and model.causal_text:
             _write_text(model, state, target, options)
+        elif spec.kind == "sequence" and not model.wholly:
+            left_to_right = {"scheme": "ar", "temperature": options.text_temperature}
+            _fill_slots(model, state, target, options.model_copy(update=left_to_right))
         elif options.scheme == "mean":
             _estimate(model, state, target, options)
         else:
@@ -139,11 +142,15 @@ def _fill_slots(model: TokenModel, state: State, target: str, o: GenerateOptions
         n_now = np.array([p[step] if step < len(p) else 0 for p in plan])
         active = np.flatnonzero(n_now)
         now = unknown[active] & ~state.known_BC[active, columns]
+        if scheme == "ar":  # a text may have ended
+            now &= _there(model.layout, state.rows(active))[:, columns]
+            if not now.any():
+                break
         if scheme == "maskgit":
             asked = now
         else:
             rank = np.argsort(np.argsort(np.where(now, order[active], np.inf), axis=1, kind="stable"), axis=1)
-            asked = rank < n_now[active, None]
+            asked = now & (rank < n_now[active, None])
         row, slot, ids, logp = _ask(model, state.rows(active), columns, asked, target, o, step)
         if scheme == "maskgit" and step + 1 < steps:
             # Confidence of what was drawn, with Gumbel noise that fades as the schedule ends.

@@ -2,7 +2,8 @@
 
 A model is given a packed batch and returns logits for what is asked of it; how it gets there is its own. `wholly`
 says that everything which is neither shown nor asked must be asked as well (a model that was never trained with slots
-missing); `at_once` that the slots of a grid are answered independently of each other; `reads` which questions its order of
+missing); `at_once` that the slots of a grid are answered independently of each other; `encodes` that what is shown is read
+apart from what is asked; `causal_text` that a text's slot sees the ids before it; `reads` which questions its order of
 reading can answer.
 """
 
@@ -90,6 +91,9 @@ class TokenModel(nn.Module, ABC):
     head: TokenTable
     wholly: ClassVar[bool] = False
     at_once: ClassVar[bool] = True
+    encodes: ClassVar[bool] = False
+    causal_text: ClassVar[bool] = True
+    notes: Sequence[str] = ()  # what a reader of its losses must know
 
     def _columns(self, layout: Layout) -> None:
         self.register_buffer("sequence_C", torch.from_numpy(layout.sequence_C), persistent=False)

@@ -57,6 +57,8 @@ class FourM(TokenModel):
     run to run where several threads share it.
     """
 
+    encodes = True
+
     def __init__(self, config: FourMConfig, layout: Layout):
         super().__init__()
         config = config.with_backend()

@@ -8,7 +8,6 @@ from typing import Any
 from nano4m_cli.data._atomic import atomic_folder, write_json
 from nano4m_cli.generate.sampler import GenerateOptions
 from nano4m_cli.modalities._base import Modality
-from nano4m_cli.model.fourm import FourM
 from nano4m_cli.probes._context import Context
 from nano4m_cli.probes.crossmodal import estimate
 from nano4m_cli.registry import MODALITIES
@@ -21,13 +20,13 @@ def write_gallery(context: Context, folder: Path) -> Path:
     names = [n for n in context.names if n not in context.info.brought]  # brought tokens cannot be shown
     given = [s for s in ("caption", "rgb", "audio", "depth", "video") if s in names and len(names) > 1]
     plans = [([s], [t for t in names if t != s]) for s in given]
-    if not isinstance(context.model, FourM):  # in the order of reading: the last given all before it, or from nothing
+    if not context.model.encodes:  # in the order of reading: the last given all before it, or from nothing
         plans = [(names[:-1], names[-1:])]
     elif {"audio", "caption", "rgb"} <= set(names):
         plans.append((["audio", "caption"], ["rgb"]))
     kinds = {n: MODALITIES.get(n).sized(context.info.sizes.get(n, {})) for n in names}
     rows: list[dict[str, Any]] = []
-    options = None if isinstance(context.model, FourM) else GenerateOptions(temperature=1.0, text_temperature=0.8, guidance=1.0)
+    options = None if context.model.encodes else GenerateOptions(temperature=1.0, text_temperature=0.8, guidance=1.0)
     few = Context(context.run, context.split, min(SHOWN, context.n), context.seed, context.progress)
     with atomic_folder(folder) as aside:
         for p, (sources, targets) in enumerate(plans):

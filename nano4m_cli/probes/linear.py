@@ -18,7 +18,7 @@ RIDGE = 1.0
 class Probe(Base):
     def missing(self, context: Context) -> str | None:
         if not isinstance(context.model, FourM):
-            return f"a run of task {context.run.config.task} has no encoder of what is shown alone"
+            return f"features are read from runs of task fourm, this is one of task {context.run.config.task}"
         return None if context.info.attributes else f"data set '{context.dataset.name}' states no attributes"
 
     def measure(self, context: Context) -> tuple[list[Metric], list[str]]:

@@ -36,6 +36,7 @@ class Probe(Base):
         return metrics, [
             "chance is the uniform guess over the modality's ids, majority the unigram distribution of the train split",
             "per modality: masks drawn as in training, with fixed seed; per direction: one whole source, the whole target",
+            *context.model.notes,
         ]
 
 

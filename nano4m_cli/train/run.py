@@ -19,7 +19,9 @@ from nano4m_cli.data.loader import TokenData
 from nano4m_cli.data.workspace import DatasetFolder, Workspace
 from nano4m_cli.errors import CheckpointError, ConfigError, DataError
 from nano4m_cli.masking._mixture import MaskReport, Mixture
+from nano4m_cli.model.apple4m import Apple4M
 from nano4m_cli.model.base import TokenModel
+from nano4m_cli.model.course4m import Course4M
 from nano4m_cli.model.fourm import FourM
 from nano4m_cli.model.gpt import GPT
 from nano4m_cli.model.maskgit import MaskGIT
@@ -33,7 +35,9 @@ from nano4m_cli.train.tasks import FourMTask
 # Settings of a run that do not change what it computes; a resume may change them.
 FREE = ("log_every", "checkpoint_every", "keep", "workers")
 DRY_SAMPLES = 8192
-MODELS: dict[str, type[TokenModel]] = {"fourm": FourM, "gpt": GPT, "maskgit": MaskGIT}
+MODELS: dict[str, type[TokenModel]] = {
+    "fourm": FourM, "gpt": GPT, "maskgit": MaskGIT, "course4m": Course4M, "apple4m": Apple4M,
+}  # fmt: skip
 
 
 @dataclass
