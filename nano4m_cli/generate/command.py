@@ -164,5 +164,6 @@ def _write(run, report: GenerateReport, state: State, raws, truth, targets, toke
             cells.append(kind.show(raw))
         cells += [kinds[m].show(truth[m]) for m in targets if m in truth]
         rows.append(cells)
-    heads = [f"from {m}" for m in raws if m not in targets] + [f"to {m}" for m in targets] + [f"truth {m}" for m in targets if m in truth]
+    heads = [f"from {m}" for m in raws if m not in targets] + [f"to {m}" for m in targets]
+    heads += [f"truth {m}" for m in targets if m in truth]
     report.files.append(write_sheet(report.out / "sheet.png", heads, rows))
