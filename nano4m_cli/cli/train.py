@@ -10,7 +10,7 @@ import typer
 from nano4m_cli.cli._app import stopped
 from nano4m_cli.cli._options import Device, Json, Quiet, Root, Settings, pick_device
 from nano4m_cli.cli._show import Show
-from nano4m_cli.errors import ConfigError, did_you_mean
+from nano4m_cli.errors import ConfigError, UsageError, did_you_mean
 
 FOLDER = Path("cfgs")  # where configs named without a folder are
 
@@ -23,6 +23,12 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be trained and what the masking shows; write nothing.")
     ] = False,
+    export: Annotated[
+        Path | None, typer.Option("--export", metavar="DIR", help="Do not train: write the run's model into a folder.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="ID", help="With --export: upload it to this repository on the hub.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     root: Root = None,
@@ -33,9 +39,11 @@ def command(
     nano4m train cfgs/5mod.yaml
     nano4m train demo train.steps=50 --dry-run
     nano4m train demo --resume
+    nano4m train cfgs/import/nano4m_audio.yaml checkpoint=checkpoint-final.safetensors
+    nano4m train demo --export shared/demo
 
     --json: {run, path, dataset, steps, figures}; with --dry-run {run, dataset, ..., masking: {...},
-    directions: {"a->b": {frequency, in_distribution}}}.
+    directions: {"a->b": {frequency, in_distribution}}}; with --export {run, folder, files, pushed}.
     """
     show = Show(as_json, quiet)
     path = find_config(config)
@@ -44,7 +52,13 @@ def command(
 
     loaded = load_run_config(path, settings or [])
     workspace = Workspace.at(root)
-    (_fit_tokenizer if loaded.task == "tokenizer" else _train)(show, workspace, loaded, resume, device, dry_run)
+    if push and not export:
+        raise UsageError("--push needs --export", "--export DIR says where the export is written first")
+    if export:
+        _export(show, workspace, loaded, export, push)
+        return
+    work = {"tokenizer": _fit_tokenizer, "import": _import}.get(loaded.task, _train)
+    work(show, workspace, loaded, resume, device, dry_run)
 
 
 def find_config(given: str) -> Path:
@@ -119,6 +133,36 @@ def _fit_tokenizer(show: Show, workspace: Any, config: Any, resume: bool, device
         show.say(f"notice: {tokenizer.notice()}")
     _show_end(show, config, folder, dataset.name, last)
     show.line(f"tokenizer: {dataset.tokenizer(config.tokenizer.modality)}")
+
+
+def _import(show: Show, workspace: Any, config: Any, resume: bool, device: str, dry_run: bool) -> None:
+    from nano4m_cli.train.importing import convert
+
+    made = convert(config, workspace)
+    show.say(f"data set: {made.dataset.name} ({made.dataset.path})")
+    show.table(["tensors", "n", "what became of them"], made.rows)
+    show.line("")
+    head = ["checkpoint's", "ours", "ids", "slots", "tokens of the data set"]
+    keys = ("theirs", "ours", "ids", "slots", "tokens")
+    show.table(head, [[m[k] for k in keys] for m in made.report["modalities"]])
+    if not dry_run:
+        show.line(f"run: {made.write()}")
+    show.document({**made.report, "path": made.folder, "dry_run": dry_run})
+
+
+def _export(show: Show, workspace: Any, config: Any, folder: Path, repo: str | None) -> None:
+    from nano4m_cli.train import export
+    from nano4m_cli.train.run import open_run
+
+    run = open_run(workspace, config.name)
+    files = export.export(run, folder)
+    show.say(f"run: {run.name}, {run.checkpoint.name}")
+    for file in files:
+        show.line(str(file))
+    pushed = export.push(folder, repo) if repo else None
+    if pushed:
+        show.line(pushed)
+    show.document({"run": run.name, "folder": folder, "files": files, "pushed": pushed})
 
 
 def _show_end(show: Show, config: Any, folder: Path, dataset: str, figures: dict[str, float]) -> None:

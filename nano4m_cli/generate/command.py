@@ -99,13 +99,14 @@ def generate_files(
             raise UnknownNameError(f"run '{run.name}' has no modality '{name}'", did_you_mean(name, names))
     if not targets:
         raise UsageError("nothing to generate", "name at least one modality with --to")
-    both = [t for t in targets if t in conditions]
+    read = {spec.modality: spec.kind for spec in run.layout.specs}
+    both = [t for t in targets if t in conditions and read[t] != "sequence"]
     if both or len(set(targets)) != len(targets):
         raise UsageError(f"'{(both or list(targets))[0]}' is given and asked for, or asked for twice")
     truth = find_sample(run.dataset, sample, names) if sample else {}
     if sample and not conditions:
         conditions = dict.fromkeys(m for m in names if m not in targets)
-    if not conditions:
+    if not conditions and run.directions.get("->" + targets[0], 0.0) < IN_DISTRIBUTION:
         raise UsageError("no condition", 'give --from MODALITY=VALUE, e.g. --from caption="a large red metal sphere"')
     tokenizers = open_tokenizers(run, list(dict.fromkeys([*conditions, *targets])))
     report = GenerateReport(run.name, out or workspace.root / "generated" / run.name)
@@ -122,7 +123,7 @@ def generate_files(
         raws[name], notice = tokenizers[name].adapt(raw)
         if notice:
             report.notices.append(notice)
-    so_far, posed = list(conditions), run.directions
+    so_far, posed = [c for c in conditions if c not in targets], run.directions
     for target in targets:
         if posed.get(way := direction(so_far, target, names), 0.0) < IN_DISTRIBUTION:
             report.notices.append(f"{way} was (almost) never posed in training: expect little")
@@ -131,6 +132,8 @@ def generate_files(
     state = empty_state(run, n)
     for name, raw in raws.items():
         ids = tokenizers[name].encode([raw], [f"--from {name}"])[0]
+        if name in targets:
+            ids = ids[:-1]  # a text to go on with does not end
         for row in range(n):
             put(run, state, row, name, ids)
     chain(run.model, state, targets, resolve(options, targets, run.model, posed))
@@ -143,7 +146,7 @@ def _write(run, report: GenerateReport, state: State, raws, truth, targets, toke
     report.out.mkdir(parents=True, exist_ok=True)
     rows, made = [], {name: state.decode(run.layout, name, tokenizers[name]) for name in targets}
     for row in range(n):
-        cells: list[Any] = [kinds[m].show(raw) for m, raw in raws.items()]
+        cells: list[Any] = [kinds[m].show(raw) for m, raw in raws.items() if m not in targets]
         for name in targets:
             kind, ids = kinds[name], take(run, state, row, name)
             raw = made[name][row]
@@ -161,5 +164,6 @@ def _write(run, report: GenerateReport, state: State, raws, truth, targets, toke
             cells.append(kind.show(raw))
         cells += [kinds[m].show(truth[m]) for m in targets if m in truth]
         rows.append(cells)
-    heads = [f"from {m}" for m in raws] + [f"to {m}" for m in targets] + [f"truth {m}" for m in targets if m in truth]
+    heads = [f"from {m}" for m in raws if m not in targets] + [f"to {m}" for m in targets]
+    heads += [f"truth {m}" for m in targets if m in truth]
     report.files.append(write_sheet(report.out / "sheet.png", heads, rows))

@@ -18,8 +18,10 @@ from nano4m_cli.config import Config
 from nano4m_cli.errors import UsageError
 from nano4m_cli.generate.choose import counts, draw, filter_logits
 from nano4m_cli.masking._mixture import IN_DISTRIBUTION
+from nano4m_cli.model.base import TokenModel
 from nano4m_cli.model.batch import Packed, pack
 from nano4m_cli.model.fourm import FourM
+from nano4m_cli.model.gpt import GPT
 from nano4m_cli.rng import uniform
 from nano4m_cli.spec import Layout
 from nano4m_cli.tokenizers._base import Tokenizer
@@ -51,7 +53,7 @@ class GenerateOptions(Config):
     seed: int = Field(0, ge=0)
 
 
-def resolve(options: GenerateOptions, targets: Sequence[str], model: FourM, posed: Mapping[str, float]) -> GenerateOptions:
+def resolve(options: GenerateOptions, targets: Sequence[str], model: TokenModel, posed: Mapping[str, float]) -> GenerateOptions:
     """Return options with guidance set: where it is None, `GUIDANCE` if training asked for every grid and codes target
     with nothing else shown, else 1.
 
@@ -93,22 +95,27 @@ class State:
         return out
 
 
-def fill(model: FourM, state: State, target: str, options: GenerateOptions) -> None:
+def fill(model: TokenModel, state: State, target: str, options: GenerateOptions) -> None:
     """Fill every unknown slot of modality `target` in place, conditioned on all that is known.
 
     Text is written until EOS; what follows EOS stays unknown.
     """
     spec = model.layout.specs[model.layout.names.index(target)]
     with torch.inference_mode():
-        if spec.kind == "sequence":
+        if isinstance(model, GPT):
+            _read_on(model, state, target, options)
+        elif spec.kind == "sequence" and not model.wholly and model.causal_text:
             _write_text(model, state, target, options)
+        elif spec.kind == "sequence" and not model.wholly:
+            left_to_right = {"scheme": "ar", "temperature": options.text_temperature}
+            _fill_slots(model, state, target, options.model_copy(update=left_to_right))
         elif options.scheme == "mean":
             _estimate(model, state, target, options)
         else:
             _fill_slots(model, state, target, options)
 
 
-def chain(model: FourM, state: State, targets: Sequence[str], options: GenerateOptions, batch: int = 128) -> None:
+def chain(model: TokenModel, state: State, targets: Sequence[str], options: GenerateOptions, batch: int = 128) -> None:
     """Fill several modalities one after the other, each conditioned on those before; requests in parts of `batch`."""
     for start in range(0, len(state.ids_BC), batch):
         index = np.arange(start, min(start + batch, len(state.ids_BC)))
@@ -120,9 +127,9 @@ def chain(model: FourM, state: State, targets: Sequence[str], options: GenerateO
             state.values.setdefault(target, np.zeros((len(state.ids_BC), *values.shape[1:]), np.float32))[index] = values
 
 
-def _fill_slots(model: FourM, state: State, target: str, o: GenerateOptions) -> None:
+def _fill_slots(model: TokenModel, state: State, target: str, o: GenerateOptions) -> None:
     columns = model.layout.slice(target)
-    unknown = ~state.known_BC[:, columns]
+    unknown = ~state.known_BC[:, columns] & _there(model.layout, state)[:, columns]
     slots = unknown.shape[1]
     scheme = "roar" if o.scheme == "auto" else o.scheme
     steps = {"onepass": 1, "ar": slots}.get(scheme, o.steps)
@@ -134,12 +141,16 @@ def _fill_slots(model: FourM, state: State, target: str, o: GenerateOptions) -> 
     for step in range(max((len(p) for p in plan), default=0)):
         n_now = np.array([p[step] if step < len(p) else 0 for p in plan])
         active = np.flatnonzero(n_now)
-        now = ~state.known_BC[active, columns]
+        now = unknown[active] & ~state.known_BC[active, columns]
+        if scheme == "ar":  # a text may have ended
+            now &= _there(model.layout, state.rows(active))[:, columns]
+            if not now.any():
+                break
         if scheme == "maskgit":
             asked = now
         else:
             rank = np.argsort(np.argsort(np.where(now, order[active], np.inf), axis=1, kind="stable"), axis=1)
-            asked = rank < n_now[active, None]
+            asked = now & (rank < n_now[active, None])
         row, slot, ids, logp = _ask(model, state.rows(active), columns, asked, target, o, step)
         if scheme == "maskgit" and step + 1 < steps:
             # Confidence of what was drawn, with Gumbel noise that fades as the schedule ends.
@@ -152,10 +163,12 @@ def _fill_slots(model: FourM, state: State, target: str, o: GenerateOptions) -> 
             row, slot, ids = row[take], slot[take], ids[take]
         state.ids_BC[active[row], columns.start + slot] = ids
         state.known_BC[active[row], columns.start + slot] = True
-    assert state.known_BC[:, columns].all(), target
+    there = _there(model.layout, state)[:, columns]
+    assert (state.known_BC[:, columns] | ~there).all(), target
+    state.known_BC[:, columns] &= there  # what follows the end of a text is none of it
 
 
-def _estimate(model: FourM, state: State, target: str, o: GenerateOptions) -> None:
+def _estimate(model: TokenModel, state: State, target: str, o: GenerateOptions) -> None:
     """Fill all unknown slots at once: the likeliest ids, and the mean over the distribution of what codes stand for."""
     columns, spec = model.layout.slice(target), model.layout.specs[model.layout.names.index(target)]
     if not spec.levels:
@@ -171,7 +184,7 @@ def _estimate(model: FourM, state: State, target: str, o: GenerateOptions) -> No
     state.values[target] = values
 
 
-def _ask(model: FourM, state: State, columns: slice, asked_BL: np.ndarray, target: str, o: GenerateOptions, step: int):
+def _ask(model: TokenModel, state: State, columns: slice, asked_BL: np.ndarray, target: str, o: GenerateOptions, step: int):
     """Return (row, slot, drawn id, the model's log-probability of it), numpy, for every asked slot."""
     row, slot = np.nonzero(asked_BL)
     ids, logp = np.zeros(len(row), dtype=np.int64), np.zeros(len(row))
@@ -185,7 +198,7 @@ def _ask(model: FourM, state: State, columns: slice, asked_BL: np.ndarray, targe
 
 
 def _logits(
-    model: FourM, state: State, columns: slice, asked_BL: np.ndarray, o: GenerateOptions
+    model: TokenModel, state: State, columns: slice, asked_BL: np.ndarray, o: GenerateOptions
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Yield (which of the asked slots in row-major order (n,), their fp32 logits (n, V)), guidance applied."""
     layout = model.layout
@@ -196,16 +209,86 @@ def _logits(
     if guided:  # every request once more, with nothing but the target shown
         bare_BC = shown_BC & (np.arange(layout.columns) >= columns.start) & (np.arange(layout.columns) < columns.stop)
         ids_BC, shown_BC, asked_BC = np.tile(ids_BC, (2, 1)), np.concatenate([shown_BC, bare_BC]), np.tile(asked_BC, (2, 1))
-    packed = pack(layout, ids_BC, shown_BC, asked_BC, model.config.registers).to(_device(model))
+    posed_BC = asked_BC
+    if model.wholly:  # it sees every slot: what is not shown is asked, and the answers that are not wanted are left
+        posed_BC = np.tile(_there(layout, state), (2 if guided else 1, 1)) & ~shown_BC
+    packed = pack(layout, ids_BC, shown_BC, posed_BC, model.config.registers).to(model.device)
+    wanted = asked_BC[posed_BC]
+    number = np.cumsum(wanted) - 1
     for index, logits in zip(packed.group_index, model(packed), strict=True):
         if index is None:
             continue
-        logits = logits.float()
+        index = index.cpu().numpy()
+        take = wanted[index]
+        if not take.any():
+            continue
+        logits = (logits if take.all() else logits[torch.from_numpy(take).to(logits.device)]).float()
+        at = number[index[take]]
         if guided:
             half = len(logits) // 2
-            index, given, bare = index[:half], logits[:half], logits[half:]
+            at, given, bare = at[:half], logits[:half], logits[half:]
             logits = bare + o.guidance * (given - bare)
-        yield index.cpu().numpy(), logits
+        yield at, logits
+
+
+def _there(layout: Layout, state: State) -> np.ndarray:
+    """Return bool (B, C): slots that exist; a text whose end is known has none after it."""
+    there = np.ones(state.known_BC.shape, dtype=bool)
+    for spec in layout.specs:
+        if spec.kind == "sequence":
+            columns = layout.slice(spec.modality)
+            ended = (state.ids_BC[:, columns] == spec.eos) & state.known_BC[:, columns]
+            there[:, columns] = np.cumsum(ended, 1) - ended == 0
+    return there
+
+
+def _read_on(model: GPT, state: State, target: str, o: GenerateOptions) -> None:
+    """Fill the target slot by slot in reading order, after all that is known; keys and values read before are kept."""
+    layout, columns = model.layout, model.layout.slice(target)
+    spec = layout.specs[layout.names.index(target)]
+    if o.guidance not in (None, 1.0):
+        raise UsageError("a gpt run is trained without guidance", "leave --guidance out")
+    unknown = ~state.known_BC[:, columns] & _there(layout, state)[:, columns]
+    todo = np.flatnonzero(unknown.any(1))
+    if not len(todo):
+        return
+    first = columns.start + unknown.argmax(1)
+    col_C = np.arange(layout.columns)
+    last = np.where(state.known_BC, col_C, -1).max(1)
+    if (last[todo] >= first[todo]).any():
+        late = layout.names[layout.modality_C[int(last[todo].max())]]
+        raise UsageError(
+            f"a gpt run reads {', '.join(layout.names)} in this order: '{late}' cannot be given for '{target}'",
+            "give what comes before, or train the modalities in another order (data.modalities)",
+        )
+    part = state.rows(todo)
+    nothing = np.zeros_like(part.known_BC)
+    read = part.known_BC.sum(1)
+    batch = pack(layout, part.ids_BC, nothing, part.known_BC).to(model.device)
+    caches = model.open(batch, int((read + columns.stop - first[todo]).max()))
+    before, col = last[todo].copy(), first[todo].copy()
+    row = np.arange(len(todo))
+    alive = np.ones(len(todo), dtype=bool)
+    heat = o.text_temperature if spec.kind == "sequence" else o.temperature
+    while alive.any():
+        ids = np.where(before >= 0, part.ids_BC[row, np.maximum(before, 0)], 0)
+        h = model.step(caches, (ids, before), col, read)
+        groups = layout.group_C[col]
+        for g in np.unique(groups[alive]):
+            some = np.flatnonzero(alive & (groups == g))
+            logp = filter_logits(group_logits(model, h[torch.from_numpy(some).to(h.device)], int(g)), heat, o.top_k, o.top_p)
+            u = uniform(o.seed, f"draw/{target}", part.request_B[some], col[some] - columns.start)
+            new = draw(logp, u)[0].cpu().numpy()
+            if spec.kind == "sequence":  # the last slot can only end the text
+                new = np.where(col[some] == columns.stop - 1, spec.eos, new)
+            part.ids_BC[some, col[some]] = new
+            part.known_BC[some, col[some]] = True
+        ended = col == columns.stop - 1
+        if spec.kind == "sequence":
+            ended |= part.ids_BC[row, col] == spec.eos
+        alive &= ~ended
+        read, before, col = read + alive, np.where(alive, col, before), col + alive
+    state.ids_BC[todo], state.known_BC[todo] = part.ids_BC, part.known_BC
 
 
 def _write_text(model: FourM, state: State, target: str, o: GenerateOptions) -> None:
@@ -219,7 +302,7 @@ def _write_text(model: FourM, state: State, target: str, o: GenerateOptions) -> 
     last = state.ids_BC[np.arange(b), columns.start + np.maximum(begin - 1, 0)]
     alive = np.flatnonzero((begin == 0) | (last != spec.eos))
     nothing = np.zeros_like(state.known_BC)
-    packed = pack(layout, state.ids_BC, state.known_BC, nothing, model.config.registers).to(_device(model))
+    packed = pack(layout, state.ids_BC, state.known_BC, nothing, model.config.registers).to(model.device)
     encoded = model.encode(packed)  # once: what is shown does not change while the text is written
     end = begin.copy()
     while len(alive):
@@ -240,7 +323,7 @@ def _write_text(model: FourM, state: State, target: str, o: GenerateOptions) -> 
     state.known_BC[:, columns] = np.arange(spec.slots) < end[:, None]
 
 
-def group_logits(model: FourM, h_ND: Tensor, group: int) -> Tensor:
+def group_logits(model: TokenModel, h_ND: Tensor, group: int) -> Tensor:
     """Return the logits (N, V) of one vocabulary group for decoder outputs."""
     start = model.layout.vocab_start
     return torch.nn.functional.linear(h_ND, model.head.weight()[start[group] : start[group + 1]].to(h_ND.dtype))
@@ -250,7 +333,3 @@ def _with_encoder(dec: Packed, enc: Packed) -> Packed:
     """Return `dec` with the encoder side of `enc`."""
     moved = dec.to(enc.enc_ids.device)
     return replace(moved, enc_ids=enc.enc_ids, enc_col=enc.enc_col, enc=enc.enc)
-
-
-def _device(model: FourM) -> torch.device:
-    return model.enc_modality.device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -30,6 +31,8 @@ class Component(ABC):
 
     class Options(Config):
         weight: float = 1.0
+
+    text: ClassVar[str] = "prefix"  # the pattern of text: left to right, unless the model sees what follows as well
 
     def __init__(self, options: Config, names: list[str]):
         self.options, self.names = options, names

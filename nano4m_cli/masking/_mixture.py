@@ -75,9 +75,13 @@ class Mixture:
             if name not in layout.names:
                 raise ConfigError(f"masking.slots: modality '{name}' is not in this run", did_you_mean(name, layout.names))
         self.patterns: list[Pattern] = []
+        text = {c.text for c in self.components}
+        if len(text) > 1:
+            raise ConfigError("masking.components: some predict text left to right and others in any order; they do not mix")
+        (text,) = text
         for spec in layout.specs:
-            given = config.slots.get(spec.modality, "prefix" if spec.kind == "sequence" else "random")
-            if spec.kind == "sequence" and given != "prefix":
+            given = config.slots.get(spec.modality, text if spec.kind == "sequence" else "random")
+            if spec.kind == "sequence" and text == "prefix" != given:
                 raise ConfigError(f"masking.slots.{spec.modality}: text is predicted left to right, only 'prefix' fits")
             self.patterns.append(given)
 

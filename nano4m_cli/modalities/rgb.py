@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 from nano4m_cli.modalities._base import Modality
 from nano4m_cli.modalities._image import open_image, png_bytes, read_bytes, rgb_array
@@ -29,6 +29,16 @@ class RGB(Modality):
     def conversion(self, path: Path) -> str | None:
         mode = open_image(read_bytes(path), f"'{path}'").mode
         return None if mode == "RGB" else f"'{path}' has mode {mode} and was converted to RGB"
+
+    def vary(self, raw: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return a random crop of 90 to 100 % of the area and aspect 0.9 to 1.1, brought to the picture's size: for pictures
+        whose other modalities say nothing of places."""
+        h, w = raw.shape[:2]
+        area, aspect = rng.uniform(0.9, 1.0), np.exp(rng.uniform(np.log(0.9), np.log(1.1)))
+        ch, cw = min(h * np.sqrt(area / aspect), h), min(w * np.sqrt(area * aspect), w)
+        top, left = rng.uniform(0, h - ch), rng.uniform(0, w - cw)
+        box = (left, top, left + cw, top + ch)
+        return np.asarray(Image.fromarray(raw).resize((w, h), Image.Resampling.BILINEAR, box=box))
 
     def show(self, raw: np.ndarray) -> np.ndarray:
         return raw

@@ -118,6 +118,40 @@ def attend(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask, bac
     return (_Padded.apply(q, k, v, mask, heads) if backend == "padded" else _sdpa(q, k, v, mask, heads)).view(q_TD.shape)
 
 
+@dataclass
+class Cache:
+    """Keys and values of one layer for tokens already read: k, v (S, heads, L, head width), filled from the left."""
+
+    k: Tensor
+    v: Tensor
+
+    @classmethod
+    def empty(cls, samples: int, heads: int, length: int, width: int, like: Tensor) -> Cache:
+        return cls(*(like.new_zeros(samples, heads, length, width) for _ in "kv"))
+
+    def fill(self, k_TD: Tensor, v_TD: Tensor, rows: Ragged) -> None:
+        """Put packed rows in, each from the left."""
+        row, offset = rows.place // rows.width, rows.place % rows.width
+        for mine, new in ((self.k, k_TD), (self.v, v_TD)):
+            mine[row, :, offset] = new.view(len(new), mine.shape[1], -1).to(mine.dtype)
+
+    def put(self, k_SD: Tensor, v_SD: Tensor, at_S: Tensor) -> None:
+        """Put one token per sample in."""
+        row = torch.arange(len(at_S), device=at_S.device)
+        for mine, new in ((self.k, k_SD), (self.v, v_SD)):
+            mine[row, :, at_S] = new.view(len(new), mine.shape[1], -1).to(mine.dtype)
+
+
+def attend_cached(q_SD: Tensor, cache: Cache, length_S: Tensor) -> Tensor:
+    """Return (S, D): attention of one query per sample to the first `length` cached tokens of its sample."""
+    s, heads, most, width = cache.k.shape
+    longest = int(length_S.max())
+    unseen = torch.arange(longest, device=q_SD.device) >= length_S[:, None]  # (S, L)
+    score = (cache.k[:, :, :longest] @ q_SD.view(s, heads, width, 1).to(cache.k.dtype)).squeeze(-1) * width**-0.5
+    weight = score.masked_fill(unseen[:, None], NEVER).softmax(-1)
+    return (weight[:, :, None] @ cache.v[:, :, :longest]).reshape(s, heads * width).to(q_SD.dtype)
+
+
 def _groups(mask: Mask, heads: int, of_q: Sequence[Tensor], of_k: Sequence[Tensor]):
     """Yield for each group its bias (S * heads, 1 or Lq, Lk) and its views (S * heads, L, W) of flat buffers."""
     for i, (g, (qa, qz), (ka, kz)) in enumerate(zip(mask.groups, mask.parts("q"), mask.parts("k"), strict=True)):

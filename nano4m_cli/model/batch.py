@@ -128,3 +128,36 @@ def pack(
         ),
         dec_context=None if context is None else as_tensor(context),
     )
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Shown and asked tokens of each sample in one row, in the order of their columns: for models of one stack.
+
+    ids, col: (T,). rows: Ragged over decoder samples. asked: (Td,) where each asked token stands. shown: (T,) bool.
+    """
+
+    ids: Tensor
+    col: Tensor
+    rows: Ragged
+    asked: Tensor
+    shown: Tensor
+
+
+def merged(batch: Packed) -> Merged:
+    """Return a batch (packed without registers) as one row per decoder sample; what a sample sees is repeated for each of
+    several that look at it."""
+    device = batch.dec_ids.device
+    enc, dec = batch.enc.lengths.cpu().numpy(), batch.dec.lengths.cpu().numpy()
+    look = np.arange(len(dec)) if batch.dec_context is None else batch.dec_context.cpu().numpy()
+    n, first = enc[look], (np.cumsum(enc) - enc)[look]
+    own = np.arange(int(n.sum())) - np.repeat(np.cumsum(n) - n, n)
+    seen = torch.from_numpy(np.repeat(first, n) + own).to(device)
+    col = torch.cat([batch.enc_col[seen], batch.dec_col])
+    row = np.concatenate([np.repeat(np.arange(len(dec)), n), np.repeat(np.arange(len(dec)), dec)])
+    order = torch.argsort(torch.from_numpy(row).to(device) * (int(col.max()) + 1) + col)
+    place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=device))
+    return Merged(
+        torch.cat([batch.enc_ids[seen], batch.dec_ids])[order], col[order], Ragged.of(n + dec).to(device),
+        place[len(seen):], (order < len(seen)),
+    )

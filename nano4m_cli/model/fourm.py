@@ -8,32 +8,24 @@ sample, so that training and use pose the same question; registers make an empty
 from __future__ import annotations
 
 import re
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import field_validator, model_validator
+from pydantic import field_validator
 from torch import Tensor, nn
 
-from nano4m_cli.config import Config
-from nano4m_cli.model.attention import BACKENDS, Mask
+from nano4m_cli.model.attention import Mask
+from nano4m_cli.model.base import TokenModel, TransformerConfig
 from nano4m_cli.model.batch import Packed
-from nano4m_cli.model.layers import Block, Norm, TokenTable, linear, make_norm, position_table
+from nano4m_cli.model.layers import Block, TokenTable, linear, make_norm, position_table
 from nano4m_cli.spec import Layout
 
 
-class FourMConfig(Config):
-    """size: "d<layers>-<heads of 64, or w<width>>", e.g. "d6-6w512": 6 encoder and 6 decoder layers of width 512."""
+class FourMConfig(TransformerConfig):
+    """size: "d<layers>-<layers>w<width>", e.g. "d6-6w512": 6 encoder and 6 decoder layers of width 512."""
 
     size: str = "d3-3w128"
-    head_width: int = 64
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    mlp_ratio: float = 4.0
-    norm: Norm = "layernorm"
-    qk_norm: bool = False
     registers: int = 1
-    positions: Literal["sincos", "learned"] = "sincos"
-    attention: Literal["auto", "padded", "sdpa", "loop"] = "auto"
 
     @field_validator("size")
     @classmethod
@@ -42,45 +34,34 @@ class FourMConfig(Config):
             raise ValueError("a size reads d<encoder layers>-<decoder layers>w<width>, e.g. d6-6w512")
         return v
 
-    @model_validator(mode="after")
-    def _divides(self) -> FourMConfig:
-        if self.head_width < 1 or self.mlp_ratio <= 0:
-            raise ValueError("head_width and mlp_ratio are positive")
-        if self.width % self.head_width:
-            raise ValueError(f"width {self.width} does not divide into heads of {self.head_width}")
-        if self.registers < 0:
+    @field_validator("registers")
+    @classmethod
+    def _registers(cls, v):
+        if v < 0:
             raise ValueError("registers cannot be negative")
-        return self
+        return v
 
     @property
     def encoder_layers(self) -> int:
-        return int(re.findall(r"\d+", self.size)[0])
+        return self.numbers[0]
 
     @property
     def decoder_layers(self) -> int:
-        return int(re.findall(r"\d+", self.size)[1])
-
-    @property
-    def width(self) -> int:
-        return int(re.findall(r"\d+", self.size)[2])
-
-    @property
-    def heads(self) -> int:
-        return self.width // self.head_width
+        return self.numbers[1]
 
 
-class FourM(nn.Module):
+class FourM(TokenModel):
     """Args: the config, and the layout of the modalities it serves.
 
     Rows of parameters are taken by `F.embedding`: the gradient of plain indexing adds in an order that changes from
     run to run where several threads share it.
     """
 
+    encodes = True
+
     def __init__(self, config: FourMConfig, layout: Layout):
         super().__init__()
-        if config.attention == "auto":
-            config = config.model_copy(update={"attention": "loop" if config.width >= 512 else "padded"})
-        assert config.attention in BACKENDS, config.attention
+        config = config.with_backend()
         self.config, self.layout = config, layout
         d, m = config.width, len(layout.specs)
         self.embed = TokenTable(layout, d, 0.5)
@@ -98,9 +79,7 @@ class FourM(nn.Module):
         self.enc_norm, self.dec_norm = make_norm(config.norm, d), make_norm(config.norm, d)
         self.context = linear(d, d)
         self.head = TokenTable(layout, d, d**-0.5 * 0.5)
-        self.register_buffer("sequence_C", torch.from_numpy(layout.sequence_C), persistent=False)
-        self.register_buffer("modality_C", torch.from_numpy(layout.modality_C), persistent=False)
-        self.register_buffer("vocab_C", torch.from_numpy(layout.vocab_start[layout.group_C]), persistent=False)
+        self._columns(layout)
 
     # -- encoder --------------------------------------------------------------------------------------------------
 
@@ -145,31 +124,5 @@ class FourM(nn.Module):
             y = block(y, own, context, cross)
         return self.dec_norm(y)
 
-    def logits(self, batch: Packed, decoded: Tensor) -> list[Tensor | None]:
-        """Return per vocabulary group the logits (n, vocab_size) of the slots asked of it, or None."""
-        weight = self.head.weight().to(decoded.dtype)
-        start = self.layout.vocab_start
-        return [
-            None if index is None else F.linear(decoded.index_select(0, index), weight[start[g] : start[g + 1]])
-            for g, index in enumerate(batch.group_index)
-        ]
-
-    def forward(self, batch: Packed) -> list[Tensor | None]:
-        """Return `logits` of the batch."""
-        return self.logits(batch, self.decode(batch, self.encode(batch)))
-
-    def nll(self, batch: Packed) -> Tensor:
-        """Return (Td,) fp32: -log p of each answer, in nats."""
-        out = torch.zeros(len(batch.dec_ids), device=batch.dec_ids.device)
-        for index, logits in zip(batch.group_index, self(batch), strict=True):
-            if index is not None:
-                loss = F.cross_entropy(logits.float(), batch.dec_ids[index], reduction="none")
-                out = out.index_copy(0, index, loss)
-        return out
-
-    def modality_sums(self, batch: Packed) -> tuple[Tensor, Tensor]:
-        """Return (summed -log p, count), each (M,), per modality of the answers."""
-        modality = self.modality_C[batch.dec_col]
-        zero = torch.zeros(len(self.layout.specs), device=modality.device)
-        total = zero.index_add(0, modality, self.nll(batch))
-        return total, zero.index_add(0, modality, torch.ones_like(modality, dtype=zero.dtype))
+    def answers(self, batch: Packed) -> Tensor:
+        return self.decode(batch, self.encode(batch))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nano4m_cli.model.attention import Mask, attend
+from nano4m_cli.model.attention import Cache, Mask, attend, attend_cached
 from nano4m_cli.spec import Layout
 
 Norm = Literal["layernorm", "rmsnorm"]
@@ -127,12 +127,24 @@ class Attention(nn.Module):
         self.q_norm = make_norm(cfg.norm, cfg.head_width) if cfg.qk_norm else None
         self.k_norm = make_norm(cfg.norm, cfg.head_width) if cfg.qk_norm else None
 
-    def forward(self, x: Tensor, mask: Mask, context: Tensor | None = None) -> Tensor:
-        q, (k, v) = self.q(x), self.kv(x if context is None else context).chunk(2, -1)
+    def _qkv(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, (k, v) = self.q(x), self.kv(context).chunk(2, -1)
         if self.q_norm is not None:
             q = self.q_norm(q.unflatten(1, (self.heads, -1))).flatten(1).to(v.dtype)
             k = self.k_norm(k.unflatten(1, (self.heads, -1))).flatten(1).to(v.dtype)
+        return q, k, v
+
+    def forward(self, x: Tensor, mask: Mask, context: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        q, k, v = self._qkv(x, x if context is None else context)
+        if cache is not None:
+            cache.fill(k, v, mask.k)
         return self.out(attend(q, k, v, self.heads, mask, self.backend))
+
+    def step(self, x_SD: Tensor, cache: Cache, at_S: Tensor) -> Tensor:
+        """Return (S, D) for the next token of each sample, which is put into the cache at `at`."""
+        q, k, v = self._qkv(x_SD, x_SD)
+        cache.put(k, v, at_S)
+        return self.out(attend_cached(q, cache, at_S + 1))
 
 
 class Block(nn.Module):
@@ -149,8 +161,15 @@ class Block(nn.Module):
         self.norm2 = make_norm(cfg.norm, cfg.width)
         self.mlp = MLP(cfg.width, cfg.mlp, cfg.mlp_ratio, gain)
 
-    def forward(self, x: Tensor, mask: Mask, context: Tensor | None = None, cross_mask: Mask | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), mask)
+    def forward(
+        self, x: Tensor, mask: Mask, context: Tensor | None = None, cross_mask: Mask | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask, cache=cache)
         if context is not None:
             x = x + self.cross(self.query_norm(x), cross_mask, context)
         return x + self.mlp(self.norm2(x))
+
+    def step(self, x_SD: Tensor, cache: Cache, at_S: Tensor) -> Tensor:
+        """Return (S, D) for the next token of each sample (self-attention only)."""
+        x_SD = x_SD + self.attn.step(self.norm1(x_SD), cache, at_S)
+        return x_SD + self.mlp(self.norm2(x_SD))

@@ -163,7 +163,7 @@ class Context:
     ) -> Packed:
         """Return the batch on the model's device (see `model.batch.pack`)."""
         packed = pack(self.layout, ids_BC, shown_BC, asked_BC, self.model.config.registers, answers)
-        return packed.to(self.model.enc_modality.device)
+        return packed.to(self.model.device)
 
     def slot_nll(self, shown_NC: np.ndarray, asked_NC: np.ndarray) -> np.ndarray:
         """Return (N, C): -log p in nats of each asked slot (NaN elsewhere)."""
@@ -171,10 +171,11 @@ class Context:
         chunk = self._chunk(asked_NC)
         for a in range(0, self.n, chunk):
             rows = slice(a, a + chunk)
-            packed = self.pack(self.ids_NC[rows], shown_NC[rows], asked_NC[rows])
+            asked = self.inside_NC[rows] & ~shown_NC[rows] if self.model.wholly else asked_NC[rows]
+            packed = self.pack(self.ids_NC[rows], shown_NC[rows], asked)
             with torch.inference_mode():
-                out[rows][asked_NC[rows]] = self.model.nll(packed).cpu().numpy()
-        return out
+                out[rows][asked] = self.model.nll(packed).cpu().numpy()
+        return np.where(asked_NC, out, np.nan)
 
     def _chunk(self, asked_NC: np.ndarray) -> int:
         """Return how many samples are asked at once: their logits stay in bounds where vocabularies are large."""

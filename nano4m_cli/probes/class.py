@@ -21,7 +21,7 @@ class Probe(Base):
         rows, texts, owner = candidates(context)
         metrics = []
         for source in context.names:
-            if source == "caption":
+            if source == "caption" or not context.model.reads([source], "caption"):
                 continue
             context.progress(f"class from {source}", context.names.index(source), len(context.names))
             score = context.text_logp([source], "caption", texts, owner)

@@ -44,7 +44,7 @@ class Probe(Base):
                 metrics += self._judged(context, target)
         if "rgb" in context.names:
             for target, error, unit in (("depth", absrel, ""), ("normal", angle, "degrees")):
-                if target in context.names:
+                if target in context.names and context.model.reads(["rgb"], target):
                     metrics += self._measured(context, target, error, unit)
         return metrics, [
             "judged: share of objects whose attribute an independent classifier names as the sample's labels do, in "
@@ -62,14 +62,14 @@ class Probe(Base):
         metrics = [mean_metric(f"{target}/judge_{a}_acc", r / np.maximum(n, 1), n) for a, (r, n) in right.items()]
         # Of sound, depth and normals say nothing that the picture does not.
         sources = [s for s in context.names if s != target and (target != "audio" or s not in ("depth", "normal"))]
-        plans = [[s] for s in sources]
+        plans = [[s] for s in sources if context.model.reads([s], target)]
         if target == "rgb" and {"audio", "caption"} <= set(sources):
-            plans.append(["audio", "caption"])
+            plans += [p] if context.model.reads(p := ["audio", "caption"], target) else []
         round_trip = self._round_trip(context, judge, target)
         for i, plan in enumerate(plans):
             context.progress(f"{'+'.join(plan)}->{target}", i, len(plans))
             metrics += self._direction(context, judge, plan, target, round_trip)
-        if target == "rgb" and "caption" in sources and context.split == "test" and context.has_split("test_novel"):
+        if target == "rgb" and ["caption"] in plans and context.split == "test" and context.has_split("test_novel"):
             novel = context.on("test_novel")
             there = self._direction(novel, judge, ["caption"], target, self._round_trip(novel, judge, target))
             metrics += [m.model_copy(update={"name": m.name.replace("_acc", "_acc_novel"), "ceiling": None}) for m in there]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from nano4m_cli.model.fourm import FourM
 from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context
 from nano4m_cli.probes._result import Metric, mean_metric
@@ -16,6 +17,8 @@ RIDGE = 1.0
 
 class Probe(Base):
     def missing(self, context: Context) -> str | None:
+        if not isinstance(context.model, FourM):
+            return f"features are read from runs of task fourm, this is one of task {context.run.config.task}"
         return None if context.info.attributes else f"data set '{context.dataset.name}' states no attributes"
 
     def measure(self, context: Context) -> tuple[list[Metric], list[str]]:

@@ -24,7 +24,7 @@ class Probe(Base):
             metrics.append(_metric(f"{spec.modality}/ce", nll[:, columns], marginal[:, columns], spec.vocab_size))
         for target in context.names:
             for source in context.names:
-                if source == target:
+                if source == target or not context.model.reads([source], target):
                     continue
                 shown = context.inside_NC & context.columns(source)
                 asked = context.inside_NC & context.columns(target)
@@ -36,6 +36,7 @@ class Probe(Base):
         return metrics, [
             "chance is the uniform guess over the modality's ids, majority the unigram distribution of the train split",
             "per modality: masks drawn as in training, with fixed seed; per direction: one whole source, the whole target",
+            *context.model.notes,
         ]
 
 

@@ -17,7 +17,9 @@ TEXT_GALLERY = 50  # texts are scored one by one
 
 class Probe(Base):
     def missing(self, context: Context) -> str | None:
-        return None if len(context.names) > 1 else "the run has one modality only"
+        if len(context.names) == 1:
+            return "the run has one modality only"
+        return None if context.model.at_once else "a model that reads slot by slot cannot score all candidates at once"
 
     def measure(self, context: Context) -> tuple[list[Metric], list[str]]:
         metrics = []

@@ -1,4 +1,5 @@
-"""What a training config holds. `task: fourm` trains a model on token shards, `task: tokenizer` fits a tokenizer."""
+"""What a training config holds: `task: fourm`, `gpt` and `maskgit` train a model on token shards, `tokenizer` fits one, and
+`import` makes a run (of task `course4m` or `apple4m`) of a checkpoint of another project."""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ from pydantic import Field, field_validator, model_validator
 from nano4m_cli.config import Config, apply_overrides, build, load_yaml
 from nano4m_cli.errors import ConfigError, did_you_mean
 from nano4m_cli.masking._mixture import MaskingConfig
+from nano4m_cli.model.apple4m import AppleConfig
+from nano4m_cli.model.base import StackConfig, TransformerConfig
+from nano4m_cli.model.course4m import CourseConfig
 from nano4m_cli.model.fourm import FourMConfig
 
 
@@ -72,11 +76,11 @@ class TrainConfig(Config):
 class RunConfig(Config):
     """A run: data, model, masking, loss weights per modality, training."""
 
-    task: Literal["fourm"] = "fourm"
+    task: str
     name: str
     seed: int = Field(0, ge=0)
     data: DataConfig = DataConfig()
-    model: FourMConfig = FourMConfig()
+    model: TransformerConfig
     masking: MaskingConfig = MaskingConfig()
     loss_weights: dict[str, float] = {}
     train: TrainConfig = TrainConfig()
@@ -87,6 +91,50 @@ class RunConfig(Config):
         if any(w < 0 for w in v.values()):
             raise ValueError("loss weights are not negative")
         return v
+
+
+class FourMRun(RunConfig):
+    task: Literal["fourm"] = "fourm"
+    model: FourMConfig = FourMConfig()
+
+
+class GPTRun(RunConfig):
+    task: Literal["gpt"]
+    model: StackConfig = StackConfig()
+    masking: MaskingConfig = MaskingConfig(components=[{"type": "causal"}])
+
+
+class MaskGITRun(RunConfig):
+    task: Literal["maskgit"]
+    model: StackConfig = StackConfig()
+    masking: MaskingConfig = MaskingConfig(components=[{"type": "masked"}])
+
+
+class CourseRun(RunConfig):
+    task: Literal["course4m"]
+    model: CourseConfig = CourseConfig()
+
+
+class AppleRun(RunConfig):
+    task: Literal["apple4m"]
+    model: AppleConfig = AppleConfig()
+
+
+class ImportRun(RunConfig):
+    """A foreign checkpoint to make a run of; data, masking and train are those of the run.
+
+    checkpoint: a safetensors file, a folder with model.safetensors, or an id on the hub.
+    rename: our name of a modality whose own does not tell it. without: its modalities (by their names) to leave out.
+    settings: what the file does not say of its model, or says wrongly (null: not said).
+    model: options of ours that no file says, e.g. {softmax: own, attention: loop}.
+    """
+
+    task: Literal["import"]
+    checkpoint: str | None = None
+    rename: dict[str, str] = {}
+    without: list[str] = []
+    settings: dict[str, Any] = {}
+    model: dict[str, Any] = {}
 
 
 class TokenizerChoice(Config):
@@ -106,7 +154,10 @@ class TokenizerRunConfig(Config):
     train: TrainConfig = TrainConfig()
 
 
-TASKS: dict[str, type[Config]] = {"fourm": RunConfig, "tokenizer": TokenizerRunConfig}
+TASKS: dict[str, type[Config]] = {
+    "fourm": FourMRun, "gpt": GPTRun, "maskgit": MaskGITRun, "course4m": CourseRun, "apple4m": AppleRun,
+    "tokenizer": TokenizerRunConfig, "import": ImportRun,
+}  # fmt: skip
 
 
 def load_run_config(path: Path, overrides: list[str]) -> RunConfig | TokenizerRunConfig:

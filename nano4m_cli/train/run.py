@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,12 @@ from nano4m_cli.data.loader import TokenData
 from nano4m_cli.data.workspace import DatasetFolder, Workspace
 from nano4m_cli.errors import CheckpointError, ConfigError, DataError
 from nano4m_cli.masking._mixture import MaskReport, Mixture
+from nano4m_cli.model.apple4m import Apple4M
+from nano4m_cli.model.base import TokenModel
+from nano4m_cli.model.course4m import Course4M
 from nano4m_cli.model.fourm import FourM
+from nano4m_cli.model.gpt import GPT
+from nano4m_cli.model.maskgit import MaskGIT
 from nano4m_cli.rng import torch_seed
 from nano4m_cli.spec import Layout, TokenSpec
 from nano4m_cli.train import checkpoint
@@ -30,6 +35,9 @@ from nano4m_cli.train.tasks import FourMTask
 # Settings of a run that do not change what it computes; a resume may change them.
 FREE = ("log_every", "checkpoint_every", "keep", "workers")
 DRY_SAMPLES = 8192
+MODELS: dict[str, type[TokenModel]] = {
+    "fourm": FourM, "gpt": GPT, "maskgit": MaskGIT, "course4m": Course4M, "apple4m": Apple4M,
+}  # fmt: skip
 
 
 @dataclass
@@ -43,7 +51,8 @@ class Prepared:
     summary: dict[str, Any] = field(default_factory=dict)
 
     def masks(self, samples: int = DRY_SAMPLES) -> MaskReport:
-        return self.task.mixture.simulate(self.task.train.lengths(samples), self.config.seed, samples)
+        report = self.task.mixture.simulate(self.task.train.lengths(samples), self.config.seed, samples)
+        return replace(report, directions=self.task.model.posed(report.directions))
 
 
 def prepare(config: RunConfig, workspace: Workspace) -> Prepared:
@@ -65,7 +74,7 @@ def prepare(config: RunConfig, workspace: Workspace) -> Prepared:
     has_val = config.data.val != "val" or dataset.tokens(modalities[0], "val").is_dir()
     val = TokenData(dataset, config.data.val, modalities) if has_val else None
     torch.manual_seed(torch_seed(config.seed, "init"))
-    model = FourM(config.model, train.layout)
+    model = MODELS[config.task](config.model, train.layout)
     # The data set and modalities that were chosen are part of the run from here on.
     data = config.data.model_copy(update={"dataset": dataset.name, "modalities": list(modalities)})
     config = config.model_copy(update={"data": data})
@@ -167,7 +176,7 @@ class OpenRun:
 
     path: Path
     config: RunConfig
-    model: FourM
+    model: TokenModel
     layout: Layout
     step: int
     dataset: DatasetFolder
@@ -185,7 +194,7 @@ class OpenRun:
     def directions(self) -> dict[str, float]:
         """The share of training samples that posed each direction (those never posed are not there), by simulation."""
         lengths = TokenData(self.dataset, self.config.data.train, self.layout.names).lengths(8192)
-        return self.mixture.simulate(lengths, self.config.seed, 16384).directions
+        return self.model.posed(self.mixture.simulate(lengths, self.config.seed, 16384).directions)
 
 
 def open_run(workspace: Workspace, name: str | None = None, device: str = "cpu") -> OpenRun:
@@ -195,7 +204,7 @@ def open_run(workspace: Workspace, name: str | None = None, device: str = "cpu")
     newest = checkpoint.latest(path)
     point = checkpoint.load(newest, parts=("model", "ema"))
     layout = Layout([TokenSpec.model_validate(s) for s in point.state["specs"]])
-    model = FourM(config.model, layout)
+    model = MODELS[config.task](config.model, layout)
     state = point.tensors["model"]
     state.update(point.tensors.get("ema", {}))
     try:

@@ -13,8 +13,8 @@ from nano4m_cli.data.loader import SampleOrder, TokenData
 from nano4m_cli.errors import ConfigError, DataError, did_you_mean
 from nano4m_cli.masking._base import Key
 from nano4m_cli.masking._mixture import Mixture
+from nano4m_cli.model.base import TokenModel
 from nano4m_cli.model.batch import Packed, pack
-from nano4m_cli.model.fourm import FourM
 from nano4m_cli.rng import bits
 from nano4m_cli.tokenizers._base import GradientTokenizer, codebook_use
 from nano4m_cli.train.config import RunConfig
@@ -34,7 +34,7 @@ class Part:
 class FourMTask:
     """Masked modelling on the token shards of a data set."""
 
-    def __init__(self, config: RunConfig, train: TokenData, val: TokenData | None, model: FourM):
+    def __init__(self, config: RunConfig, train: TokenData, val: TokenData | None, model: TokenModel):
         self.config, self.train, self.val, self.model = config, train, val, model
         self.layout = train.layout
         for name in config.loss_weights:

@@ -61,8 +61,8 @@ RELEASE = Release(
 )
 
 
-def fetch_release(release: Release, folder: Path, progress: Callable[[str, int, int], None]) -> None:
-    """Download what `folder` lacks of the release, laid out as a mirror; anything that differs is a FetchError."""
+def fetch_mnist(release: Release, folder: Path, progress: Callable[[str, int, int], None]) -> None:
+    """Download what `folder` lacks of MNIST, laid out as a mirror; anything that differs is a FetchError."""
     for name, expected in release.mnist_sha256.items():
         path = folder / "mnist_idx" / name
         for again in (True, False):
@@ -76,6 +76,11 @@ def fetch_release(release: Release, folder: Path, progress: Callable[[str, int, 
             path.unlink()
             if not (kept and again):
                 raise FetchError(f"{release.mnist_url}/{name} is not MNIST as it was published", LAYOUT)
+
+
+def fetch_release(release: Release, folder: Path, progress: Callable[[str, int, int], None]) -> None:
+    """Download what `folder` lacks of the release, laid out as a mirror; anything that differs is a FetchError."""
+    fetch_mnist(release, folder, progress)
     recordings = folder / RECORDINGS
     if recordings.is_dir():
         return
@@ -114,6 +119,18 @@ def recordings_digest(folder: Path) -> str:
 def wav_names(folder: Path) -> list[str]:
     """Return the names of the recordings in a folder, sorted as text."""
     return sorted(name for name in os.listdir(folder) if WAV.match(name)) if folder.is_dir() else []
+
+
+def check_mnist(folder: Path) -> None:
+    """Raise a FetchError that names what a folder lacks of MNIST, or how its files do not fit together."""
+    if not folder.is_dir():
+        raise FetchError(f"no folder '{folder}'", LAYOUT)
+    if lacking := [name for name in (*IMAGES.values(), *LABELS.values()) if not (folder / name).is_file()]:
+        raise FetchError(f"'{folder}' lacks {', '.join(lacking)}", LAYOUT)
+    for part in LABELS:
+        n_labels, n_images = len(labels(folder, part)), len(images(folder, part))
+        if n_labels != n_images:
+            raise FetchError(f"MNIST's {part} files hold {n_images} pictures but {n_labels} labels", LAYOUT)
 
 
 def check_mirror(folder: Path, clips: Iterable[str] = ()) -> None:

@@ -116,10 +116,7 @@ class Source(_base.Source):
             files.fetch_release(self.release, self.cache, progress)
         files.check_mirror(self.folder)
         files.check_mirror(self.folder, {pair.clip for pair in self._pairs()[1]})
-        for part in files.LABELS:
-            n_labels, n_images = len(files.labels(self.folder, part)), len(files.images(self.folder, part))
-            if n_labels != n_images:
-                raise FetchError(f"MNIST's {part} files hold {n_images} pictures but {n_labels} labels", files.LAYOUT)
+        files.check_mnist(self.folder)
 
     def _pairs(self) -> tuple[str, list[Pair]]:
         """Return "lists" or "rule" and all pairs."""

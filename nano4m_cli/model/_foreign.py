@@ -1,0 +1,196 @@
+"""What models of other 4M projects share: pre-norm blocks with biases and normed context, named as apple's ml-4m names them.
+
+Names and shapes of the parameters are theirs (queries, keys and values in one matrix), so that reading a checkpoint is
+renaming. They run on the same packed batches and the same attention as our models.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import field_validator, model_validator
+from torch import Tensor, nn
+
+from nano4m_cli.model.attention import Mask, attend
+from nano4m_cli.model.base import TokenModel, TransformerConfig
+from nano4m_cli.model.batch import Packed, Ragged
+from nano4m_cli.spec import Layout
+
+
+class ForeignConfig(TransformerConfig):
+    """size: "d<layers>-<layers>w<width>", encoder and decoder. *_bias: which layers have one (norm_bias: the norms)."""
+
+    size: str = "d6-6w512"
+    qkv_bias: bool = False
+    proj_bias: bool = False
+    mlp_bias: bool = False
+    norm_bias: bool = False
+
+    @field_validator("size")
+    @classmethod
+    def _size(cls, v):
+        if not re.fullmatch(r"d\d+-\d+w\d+", v) or 0 in [int(n) for n in re.findall(r"\d+", v)]:
+            raise ValueError("a size reads d<encoder layers>-<decoder layers>w<width>, e.g. d6-6w512")
+        return v
+
+    @model_validator(mode="after")
+    def _theirs(self) -> ForeignConfig:
+        if self.norm != "layernorm" or self.positions != "sincos":
+            raise ValueError("norm and positions are those of the checkpoint and cannot be chosen")
+        return self
+
+    @property
+    def hidden(self) -> int:
+        """Channels inside an MLP."""
+        plain = int(self.width * self.mlp_ratio)
+        return plain if self.mlp == "gelu" else int(2 * plain / 3)
+
+
+def _norm(width: int, bias: bool) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=1e-6, bias=bias)
+
+
+class _Attention(nn.Module):
+    """Self-attention (`qkv`), or cross-attention (`q` and `kv`). (T, D) -> (T, D)."""
+
+    def __init__(self, c: ForeignConfig, cross: bool):
+        super().__init__()
+        d, self.heads, self.backend = c.width, c.heads, c.attention
+        if cross:
+            self.q, self.kv = nn.Linear(d, d, bias=c.qkv_bias), nn.Linear(d, 2 * d, bias=c.qkv_bias)
+        else:
+            self.qkv = nn.Linear(d, 3 * d, bias=c.qkv_bias)
+        self.q_norm = _norm(c.head_width, c.norm_bias) if c.qk_norm else None
+        self.k_norm = _norm(c.head_width, c.norm_bias) if c.qk_norm else None
+        self.proj = nn.Linear(d, d, bias=c.proj_bias)
+
+    def forward(self, x: Tensor, mask: Mask, context: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1) if context is None else (self.q(x), *self.kv(context).chunk(2, -1))
+        if self.q_norm is not None:
+            q = self.q_norm(q.unflatten(1, (self.heads, -1))).flatten(1).to(v.dtype)
+            k = self.k_norm(k.unflatten(1, (self.heads, -1))).flatten(1).to(v.dtype)
+        return self.proj(attend(q, k, v, self.heads, mask, self.backend))
+
+
+class _MLP(nn.Module):
+    def __init__(self, c: ForeignConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(c.width, c.hidden, bias=c.mlp_bias)
+        self.fc2 = nn.Linear(c.hidden, c.width, bias=c.mlp_bias)
+        self.fc3 = nn.Linear(c.width, c.hidden, bias=c.mlp_bias) if c.mlp == "swiglu" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)) if self.fc3 is None else F.silu(self.fc1(x)) * self.fc3(x))
+
+
+class EncoderBlock(nn.Module):
+    def __init__(self, c: ForeignConfig):
+        super().__init__()
+        self.norm1, self.norm2 = _norm(c.width, c.norm_bias), _norm(c.width, c.norm_bias)
+        self.attn, self.mlp = _Attention(c, False), _MLP(c)
+
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, c: ForeignConfig):
+        super().__init__()
+        self.norm1, self.norm2 = _norm(c.width, c.norm_bias), _norm(c.width, c.norm_bias)
+        self.query_norm, self.context_norm = _norm(c.width, c.norm_bias), _norm(c.width, c.norm_bias)
+        self.self_attn, self.cross_attn, self.mlp = _Attention(c, False), _Attention(c, True), _MLP(c)
+
+    def forward(self, x: Tensor, own: Mask, context: Tensor, cross: Mask) -> Tensor:
+        x = x + self.self_attn(self.norm1(x), own)
+        x = x + self.cross_attn(self.query_norm(x), cross, self.context_norm(context))
+        return x + self.mlp(self.norm2(x))
+
+
+class Head(nn.Module):
+    """The output matrix (V, D), with a bias (V,) where the original has one."""
+
+    def __init__(self, rows: int, width: int, bias: bool = False):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(rows, width) * width**-0.5 * 0.5)
+        self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
+
+    def weight(self) -> Tensor:
+        return self.table
+
+
+class Slots(NamedTuple):
+    """Tokens by number: row of the embedding table, modality (-1: a register), row of the position table; each (T,)."""
+
+    row: Tensor
+    modality: Tensor
+    place: Tensor
+
+
+def with_more(slots: Slots, rows: Ragged, sample_N: Tensor, more: Slots) -> tuple[Slots, Ragged]:
+    """Return packed tokens with N more ones, each put behind those of its sample."""
+    device = slots.row.device
+    sample = torch.cat([torch.repeat_interleave(torch.arange(rows.rows, device=device), rows.lengths), sample_N])
+    order = torch.argsort(sample, stable=True)
+    lengths = torch.bincount(sample, minlength=rows.rows)
+    return Slots(*(torch.cat(pair)[order] for pair in zip(slots, more, strict=True))), Ragged.of(lengths.cpu().numpy()).to(device)
+
+
+class Shown(NamedTuple):
+    """The encoder's input x (T, D), what is added to its output again for the decoder (T, D), and the rows of both."""
+
+    x: Tensor
+    again: Tensor
+    rows: Ragged
+
+
+class ForeignModel(TokenModel):
+    """Encoder and decoder of another project; subclasses say what goes into them."""
+
+    config: ForeignConfig
+    encodes = True
+
+    def __init__(self, config: ForeignConfig, layout: Layout):
+        super().__init__()
+        self.config, self.layout = config.with_backend(), layout
+        c = self.config
+        layers, more = c.numbers[:2]
+        self.encoder = nn.ModuleList([EncoderBlock(c) for _ in range(layers)])
+        self.decoder = nn.ModuleList([DecoderBlock(c) for _ in range(more)])
+        self.enc_norm, self.dec_norm = _norm(c.width, c.norm_bias), _norm(c.width, c.norm_bias)
+        self._columns(layout)
+
+    @abstractmethod
+    def shown(self, batch: Packed) -> Shown:
+        """Return what the encoder reads."""
+
+    @abstractmethod
+    def asked(self, batch: Packed) -> tuple[Tensor, Mask]:
+        """Return the decoder's input (Td, D), and which of it sees which."""
+
+    context: nn.Linear
+
+    def encode(self, batch: Packed) -> Tensor:
+        """Return the encoder's output; it may hold more tokens than the batch shows."""
+        shown = self.shown(batch)
+        x, mask = shown.x, Mask(shown.rows, shown.rows)
+        for block in self.encoder:
+            x = block(x, mask)
+        return self.enc_norm(x)
+
+    def decode(self, batch: Packed, encoded: Tensor) -> Tensor:
+        """Return the decoder's output (Td, D), given the encoder's."""
+        shown = self.shown(batch)
+        context = self.context(encoded) + shown.again
+        y, own = self.asked(batch)
+        cross = Mask(batch.dec, shown.rows, k_row=batch.dec_context)
+        for block in self.decoder:
+            y = block(y, own, context, cross)
+        return self.dec_norm(y)
+
+    def answers(self, batch: Packed) -> Tensor:
+        return self.decode(batch, self.encode(batch))

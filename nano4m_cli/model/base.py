@@ -1,0 +1,146 @@
+"""What the models share: the config of their layers, and answers as logits over each slot's own vocabulary.
+
+A model is given a packed batch and returns logits for what is asked of it; how it gets there is its own. `wholly`
+says that everything which is neither shown nor asked must be asked as well (a model that was never trained with slots
+missing); `at_once` that the slots of a grid are answered independently of each other; `encodes` that what is shown is read
+apart from what is asked; `causal_text` that a text's slot sees the ids before it; `reads` which questions its order of
+reading can answer.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import field_validator, model_validator
+from torch import Tensor, nn
+
+from nano4m_cli.config import Config
+from nano4m_cli.model.batch import Packed
+from nano4m_cli.model.layers import Norm, TokenTable
+from nano4m_cli.spec import Layout
+
+
+class TransformerConfig(Config):
+    """Options of the layers. size: depth and width, as each model spells them."""
+
+    size: str
+    head_width: int = 64
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    mlp_ratio: float = 4.0
+    norm: Norm = "layernorm"
+    qk_norm: bool = False
+    positions: Literal["sincos", "learned"] = "sincos"
+    attention: Literal["auto", "padded", "sdpa", "loop"] = "auto"
+
+    @model_validator(mode="after")
+    def _divides(self) -> TransformerConfig:
+        if self.head_width < 1 or self.mlp_ratio <= 0:
+            raise ValueError("head_width and mlp_ratio are positive")
+        if self.width % self.head_width:
+            raise ValueError(f"width {self.width} does not divide into heads of {self.head_width}")
+        return self
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers in `size`."""
+        return [int(n) for n in re.findall(r"\d+", self.size)]
+
+    @property
+    def width(self) -> int:
+        return self.numbers[-1]
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_width
+
+    def with_backend(self) -> TransformerConfig:
+        """Return the config with the attention backend chosen: rows one by one pay at large widths (scripts/bench/attention.py)."""
+        if self.attention != "auto":
+            return self
+        return self.model_copy(update={"attention": "loop" if self.width >= 512 else "padded"})
+
+
+class StackConfig(TransformerConfig):
+    """size: "d<layers>w<width>", e.g. "d8w512": 8 layers of width 512."""
+
+    size: str = "d4w128"
+    registers: ClassVar[int] = 0
+
+    @field_validator("size")
+    @classmethod
+    def _size(cls, v):
+        if not re.fullmatch(r"d\d+w\d+", v) or 0 in [int(n) for n in re.findall(r"\d+", v)]:
+            raise ValueError("a size reads d<layers>w<width>, e.g. d8w512")
+        return v
+
+    @property
+    def layers(self) -> int:
+        return self.numbers[0]
+
+
+class TokenModel(nn.Module, ABC):
+    """A model over the modalities of a layout; subclasses have `head` and say how answers' vectors come about."""
+
+    config: TransformerConfig
+    layout: Layout
+    head: TokenTable
+    wholly: ClassVar[bool] = False
+    at_once: ClassVar[bool] = True
+    encodes: ClassVar[bool] = False
+    causal_text: ClassVar[bool] = True
+    notes: Sequence[str] = ()  # what a reader of its losses must know
+
+    def _columns(self, layout: Layout) -> None:
+        self.register_buffer("sequence_C", torch.from_numpy(layout.sequence_C), persistent=False)
+        self.register_buffer("modality_C", torch.from_numpy(layout.modality_C), persistent=False)
+        self.register_buffer("vocab_C", torch.from_numpy(layout.vocab_start[layout.group_C]), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.table.device
+
+    def reads(self, sources: Sequence[str], target: str) -> bool:
+        """Return whether the model can answer for `target` with exactly `sources` shown."""
+        return True
+
+    def posed(self, directions: dict[str, float]) -> dict[str, float]:
+        """Return how often training posed each direction, given how often masks did."""
+        return directions
+
+    @abstractmethod
+    def answers(self, batch: Packed) -> Tensor:
+        """Return (Td, D): a vector for each slot that is asked."""
+
+    def logits(self, batch: Packed, answers_TD: Tensor) -> list[Tensor | None]:
+        """Return per vocabulary group the logits (n, vocab_size) of the slots asked of it, or None."""
+        weight = self.head.weight().to(answers_TD.dtype)
+        start = self.layout.vocab_start
+        return [
+            None if index is None else F.linear(answers_TD.index_select(0, index), weight[start[g] : start[g + 1]])
+            for g, index in enumerate(batch.group_index)
+        ]
+
+    def forward(self, batch: Packed) -> list[Tensor | None]:
+        """Return `logits` of the batch."""
+        return self.logits(batch, self.answers(batch))
+
+    def nll(self, batch: Packed) -> Tensor:
+        """Return (Td,) fp32: -log p of each answer, in nats."""
+        out = torch.zeros(len(batch.dec_ids), device=batch.dec_ids.device)
+        for index, logits in zip(batch.group_index, self(batch), strict=True):
+            if index is not None:
+                loss = F.cross_entropy(logits.float(), batch.dec_ids[index], reduction="none")
+                out = out.index_copy(0, index, loss)
+        return out
+
+    def modality_sums(self, batch: Packed) -> tuple[Tensor, Tensor]:
+        """Return (summed -log p, count), each (M,), per modality of the answers."""
+        modality = self.modality_C[batch.dec_col]
+        zero = torch.zeros(len(self.layout.specs), device=modality.device)
+        total = zero.index_add(0, modality, self.nll(batch))
+        return total, zero.index_add(0, modality, torch.ones_like(modality, dtype=zero.dtype))
