@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
+from workspace_factory import one_thread  # noqa: F401
 
 from nano4m_cli.cli._app import app
 from nano4m_cli.config import build
@@ -91,7 +94,7 @@ def test_a_varied_picture_is_a_crop():
 def test_bits_and_classes_refuse():
     with pytest.raises(ConfigError, match="size 14 does not divide into patches of 4"):
         build(Bits.Options, {"patch": 4}, "bits")
-    with pytest.raises(MediaError, match="here: float64 .* is no 8-bit picture"):
+    with pytest.raises(MediaError, match="here: rgb is a picture of vectors, this tokenizer takes 8-bit"):
         Bits("rgb", Bits.Options(), {"size": [28, 28]}).encode([np.zeros((28, 28, 3))], ["here"])
     classes = Classes("label", Classes.Options(), {})
     classes.fit(["dog", "cat", "dog"])
@@ -134,3 +137,25 @@ def test_siblings_train_generate_and_are_evaluated(space, task, score, monkeypat
     assert metrics["label->rgb/ce"]["in_distribution"] and metrics["label->rgb/digit_acc"]["n"] == 20
     assert ("rgb->label/ce" in metrics) == (task == "maskgit")
     assert (space.root / "runs" / name / "report" / "index.html").is_file()
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("task", ["gpt", "maskgit"])
+def test_golden_losses(space, task, tmp_path):
+    """Write them again with NANO4M_GOLDEN=write; a change that moves them belongs in the CHANGELOG, in bold."""
+    tiny = ["model.size=d2w32", "model.head_width=16", "train.steps=6", "train.batch=8", "train.precision=fp32", "seed=0",
+            "train.log_every=1", "train.val_every=3", f"name=golden-{task}", "--root", str(space.root), "--device", "cpu"]
+    result = CliRunner().invoke(app, ["train", f"cfgs/{task}/mnist.yaml", *tiny])
+    assert result.exit_code == 0, result.output + result.stderr
+    got = {}
+    for line in (space.root / "runs" / f"golden-{task}" / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        told = {k: v for k, v in record.items() if k.startswith(("loss", "ce_", "grad_norm"))}
+        got |= {f"{record['kind']} {record['step']} {k}": v for k, v in told.items()}
+    path = Path(__file__).parent / "golden" / f"{task}.txt"
+    if os.environ.get("NANO4M_GOLDEN") == "write":
+        path.write_text("".join(f"{k} {v:.6f}\n" for k, v in got.items()))
+    want = {k: float(v) for k, v in (line.rsplit(" ", 1) for line in path.read_text().splitlines())}
+    assert got.keys() == want.keys() and len({k.rsplit(" ", 1)[0] for k in got}) == 8
+    moved = {k: (want[k], v) for k, v in got.items() if abs(v - want[k]) > 1e-4}
+    assert not moved, json.dumps(moved, indent=1)

@@ -20,6 +20,7 @@ from nano4m_cli.errors import ConfigError, MediaError
 from nano4m_cli.spec import TokenSpec
 from nano4m_cli.tokenizers._base import Tokenizer as Base
 from nano4m_cli.tokenizers._base import check_ids
+from nano4m_cli.tokenizers._picture import adapted, check_picture, form_of
 
 
 class Tokenizer(Base):
@@ -57,10 +58,7 @@ class Tokenizer(Base):
         )
 
     def adapt(self, raw: np.ndarray) -> tuple[np.ndarray, str | None]:
-        h, w = raw.shape[:2]
-        if (h, w) == self.shown:
-            return raw, None
-        return raw, f"{self.modality} of {w} x {h} is read as {self.options.size} x {self.options.size}"
+        return adapted(raw, self.shown, self.modality)
 
     def _bits(self, raw: np.ndarray) -> np.ndarray:
         """Return bool (size, size)."""
@@ -72,8 +70,10 @@ class Tokenizer(Base):
         out, (h, w), p = [], self.grid, self.options.patch
         weight = 2 ** np.arange(p * p - 1, -1, -1)
         for i, raw in enumerate(raws):
-            if raw.dtype != np.uint8 or raw.ndim not in (2, 3):
-                raise MediaError(f"{where[i] if where else f'picture {i}'}: {raw.dtype} {raw.shape} is no 8-bit picture")
+            place = where[i] if where else f"picture {i}"
+            if raw.dtype != np.uint8:
+                raise MediaError(f"{place}: {self.modality} is a picture of {form_of(raw)}, this tokenizer takes 8-bit ones")
+            check_picture(raw, self.shown, form_of(raw), self.modality, place, "fetch all pictures with one size")
             patches = self._bits(raw).reshape(h, p, w, p).transpose(0, 2, 1, 3).reshape(h * w, p * p)
             out.append((patches @ weight).astype(np.int64))
         return out
