@@ -71,12 +71,15 @@ def align(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> Alignment | None:
     surface = correlate(first, second)
     back, sure = _peak(surface)
     best = lambda x: x.max((1, 2))  # noqa: E731
-    undone = {f"mirrored {how}": best(correlate(first, second[:, rows, columns])) for how, (rows, columns) in FLIPS.items()}
-    for share in CROPS:
-        undone[f"a wider crop (about {1 / share:.1f} times)"] = best(correlate(first, _central(second, share)))
-        undone[f"a closer crop (about {share:.1f} times)"] = best(correlate(_central(first, share), second))
-    how = max(undone, key=lambda name: undone[name].mean())
-    changed = how if _t(undone[how] - best(surface)) > SURE else ""
+    as_is = best(surface)
+    better = {f"mirrored {how}": best(correlate(first, second[:, y, x])) - as_is for how, (y, x) in FLIPS.items()}
+    for share in CROPS:  # what is enlarged is smooth, and smooth edges correlate: both enlarged is what it has to beat as well
+        near = (_central(first, share), _central(second, share))
+        least = np.maximum(as_is, best(correlate(*near)))
+        better[f"a wider crop (about {1 / share:.1f} times)"] = best(correlate(first, near[1])) - least
+        better[f"a closer crop (about {share:.1f} times)"] = best(correlate(near[0], second)) - least
+    how = max(better, key=lambda name: better[name].mean())
+    changed = how if _t(better[how]) > SURE else ""
     at = np.rint(back).astype(int)[::-1] + surface.shape[1] // 2
     near = (slice(None), slice(max(at[0] - 1, 0), at[0] + 2), slice(max(at[1] - 1, 0), at[1] + 2))
     own = _t(best(surface[near]) - best(correlate(first, np.roll(second, len(second) // 2, axis=0))[near]))
