@@ -17,7 +17,7 @@ from nano4m_cli.registry import MODALITIES
 from nano4m_cli.tokenizers._base import Tokenizer, open_tokenizer
 from nano4m_cli.train._doctor_base import Finding, Opened, Report, finding
 from nano4m_cli.train._doctor_ids import read_ids
-from nano4m_cli.train.alignment import align, figures, overlay, verdict
+from nano4m_cli.train.alignment import LEAST, align, figures, overlay, verdict
 
 SAMPLED, DECODED, SECONDS = 32, 12, 300.0  # samples of a split encoded anew, decoded; of sound no more than so many seconds
 AGREE = 0.9  # least share of ids that encoding anew gives again: less is another tokenizer, not rounding
@@ -125,7 +125,8 @@ def _stored(here: Opened, m: str, split: str, keys: Iterable[str]) -> dict[str, 
 
 def _decoded(here: Opened, m: str, split: str, tokenizer: Tokenizer, keys: Sequence[str]) -> list[Any]:
     """Return what the stored tokens of some of the samples decode to, for each of `keys` (None: not decoded)."""
-    stored = _stored(here, m, split, keys[:: -(-len(keys) // DECODED)])
+    most = LEAST if tokenizer.slow else DECODED
+    stored = _stored(here, m, split, keys[:: max(-(-len(keys) // most), 1)])
     made = dict(zip(stored, tokenizer.decode([ids for _, ids in stored.values()]), strict=True)) if stored else {}
     return [made.get(k) for k in keys]
 
