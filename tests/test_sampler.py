@@ -8,8 +8,9 @@ import torch
 
 from nano4m_cli.config import build
 from nano4m_cli.errors import ConfigError, UsageError
-from nano4m_cli.generate.choose import counts, draw, filter_logits
+from nano4m_cli.generate.choose import draw, filter_logits
 from nano4m_cli.generate.sampler import GUIDANCE, GenerateOptions, State, chain, fill, group_logits, resolve
+from nano4m_cli.generate.schedules import counts
 from nano4m_cli.model.batch import pack
 from nano4m_cli.model.fourm import FourM, FourMConfig
 
