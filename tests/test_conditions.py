@@ -298,6 +298,20 @@ def test_a_mask_image_keeps_what_is_white(studio, photo, tmp_path):
     assert kept.reshape(4, 4).tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
 
 
+def test_a_mask_of_a_picture_of_another_size_is_cropped_with_it(studio, tmp_path):
+    """40 x 24 pixels: the middle 24 x 24 are read as 16 x 16; of the mask, the middle's left 12 columns are white."""
+    Image.fromarray(np.random.default_rng(1).integers(0, 255, (24, 40, 3)).astype(np.uint8)).save(tmp_path / "p.png")
+    mask = np.zeros((24, 40), dtype=np.uint8)
+    mask[:, 8:20] = 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    prepared = studio.prepare(asked(given={"rgb": str(tmp_path / "p.png")}, keep=f"rgb:{tmp_path / 'm.png'}", to="rgb"))
+    assert prepared.kept["rgb"].reshape(4, 4).tolist() == [[True, True, False, False]] * 4
+    assert any("rgb of 40 x 24 was cropped" in n for n in prepared.notices)
+    Image.fromarray(mask[:, :24]).save(tmp_path / "m.png")
+    with pytest.raises(MediaError, match="is of 24 x 24, its picture of 40 x 24"):
+        studio.prepare(asked(given={"rgb": str(tmp_path / "p.png")}, keep=f"rgb:{tmp_path / 'm.png'}", to="rgb"))
+
+
 def test_a_kept_part_may_be_a_condition_only(studio, photo):
     prepared = studio.prepare(asked(given={"rgb": str(photo)}, keep={"rgb": "centre"}, to="caption"))
     assert prepared.known_C[studio.layout.slice("rgb")].sum() == 4

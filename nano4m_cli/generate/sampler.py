@@ -229,10 +229,15 @@ def _read_on(model: GPT, state: State, target: str, o: GenerateOptions) -> None:
     spec = layout.specs[layout.names.index(target)]
     if o.guided or state.away_BC is not None:
         raise UsageError("a gpt run is trained without guidance", "leave --guidance, --weight and --not out")
-    unknown = ~state.known_BC[:, columns] & _exists(model, state)[:, columns]
+    missing = ~state.known_BC & _exists(model, state)
+    unknown = missing[:, columns]
     todo = np.flatnonzero(unknown.any(1))
     if not len(todo):
         return
+    for m, name in enumerate(layout.names):
+        part = slice(layout.start[m], layout.start[m + 1])
+        if name != target and (state.known_BC[:, part].any(1) & missing[:, part].any(1))[todo].any():
+            raise UsageError(f"a gpt run reads a modality whole or not at all: part of {name} was given", "leave --keep out")
     first = columns.start + unknown.argmax(1)
     col_C = np.arange(layout.columns)
     last = np.where(state.known_BC, col_C, -1).max(1)
