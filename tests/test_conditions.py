@@ -148,6 +148,10 @@ def test_what_is_not_kept_is_shown_grey():
     ]
 
 
+    assert veiled(picture[:2], SOUND, np.arange(16) < 4)[0, :, 0].tolist() == [9, 128, 128, 128], "2 of 8 frames, 1 of 4 columns"
+    assert veiled(picture, VIDEO, np.zeros(8, dtype=bool)) is picture
+
+
 # -- guidance ---------------------------------------------------------------------------------------------------------
 
 

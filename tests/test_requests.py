@@ -175,6 +175,7 @@ def test_bad_requests_are_listed_and_the_others_made(media, tmp_path, good):  # 
         {"id": "cold", "from": {"caption": "a"}, "to": "rgb", "guidance": -2},
         {"id": "none", "from": {"caption": "  "}, "to": "rgb"},
         {"from": {"caption": "a red cube"}, "to": "rgb"},
+        '{"id": "twice", "to": "rgb", "from": {"caption": "a", "caption": "b"}}',
     ]
     path, out = write(tmp_path / "r.jsonl", lines), tmp_path / "out"
     result = run("generate", "--requests", path, "--out", out, "--root", media.root, "--steps", 2, "--device", "cpu", "--json")
@@ -183,13 +184,14 @@ def test_bad_requests_are_listed_and_the_others_made(media, tmp_path, good):  # 
     assert sorted(data["made"]) == ["000012", "cube"] and data["samples"] == 2 and data["samples_per_s"] > 0
     reasons = {2: "no JSON", 4: "no JSON object", 5: "id 'cube' stands on line 1 already", 6: "names no folder",
                7: "has no modality 'captoin'", 8: "no rgb file 'nowhere.png'", 9: "unknown key 'form'",
-               10: "guidance: lies outside 0..100", 11: "the caption is empty"}
+               10: "guidance: lies outside 0..100", 11: "the caption is empty",
+               13: "key 'caption' stands twice"}
     assert [f["line"] for f in data["failed"]] == list(reasons)
     for bad in data["failed"]:
         assert reasons[bad["line"]] in bad["error"]
         assert f"error: line {bad['line']} (" in result.stderr
-    assert [m["line"] for m in manifest(out) if "error" in m] == list(reasons) and len(manifest(out)) == 11
-    assert "2 made" in result.stderr and "9 failed" in result.stderr
+    assert [m["line"] for m in manifest(out) if "error" in m] == list(reasons) and len(manifest(out)) == 12
+    assert "2 made" in result.stderr and "samples/s" in result.stderr and "10 failed" in result.stderr
     assert sorted(p.name for p in out.iterdir()) == ["000012", "cube", "manifest.jsonl"]
 
 

@@ -41,7 +41,7 @@ def _keeps(value: Any) -> Any:
     for item in items:
         pair = tuple(item.partition(":")[::2]) if isinstance(item, str) else tuple(item)
         if len(pair) != 2 or not all(pair):
-            raise ValueError(f"'{item}' is not of the form MODALITY:REGION (rgb:left-half, audio:0-0.5s, rgb:0.5, rgb:mask.png)")
+            raise ValueError(f"'{item}' is not of the form MODALITY:REGION (rgb:left-half, rgb:0.5, rgb:mask.png, audio:0-0.5s)")
         out.append(pair)
     return tuple(out)
 
@@ -280,8 +280,8 @@ class Studio:
                         hidden[columns] |= ~kept_slots(self.spec[name], regions[name], self.spec[name].slots)
                 out.stages.append(Stage(target, plain, hidden if hidden.any() else None))
                 free = self.spec[target].slots - int(out.kept.get(target, np.zeros(1)).sum())
-                if asked and self.spec[target].kind != "sequence" and options.steps > free:
-                    out.notices.append(f"{options.steps} steps are more than the {free} slots of {target} to fill: {free} are done")
+                if asked and self.spec[target].kind != "sequence" and (n := options.steps) > free:
+                    out.notices.append(f"{n} steps are more than the {free} slots of {target} to fill: {free} are done")
                 seen = [m for m in so_far if m != target and (step.given is None or m in step.given)]
                 whole = not any(m in out.kept or m in regions for m in seen)
                 if whole and posed.get(way := direction(seen, target, names), 0.0) < IN_DISTRIBUTION:

@@ -109,8 +109,8 @@ def kept_slots(
             if spec.kind != "grid":
                 raise UsageError(f"{where} is no part of {name}", f"its beginning: {name}:0.5, and of sound {name}:0-0.5s")
             if not Path(region).is_file():
-                known = ", ".join(REGIONS)
-                raise UsageError(f"{where}: no such region or file", f"{known}, a share (0.5), or a picture whose white is kept")
+                known = f"{', '.join(REGIONS)}, 0.5 (the first half), or a picture whose white is kept"
+                raise UsageError(f"{where}: no such region or file", known)
             white = read_mask(Path(region))
             mine = white_slots(spec.shape, white if fit is None else fit(white, region))
         if not mine.any():
@@ -137,9 +137,10 @@ def fitted(white_HW: np.ndarray, path: str, raw: Any, adapt: Callable[[Any], tup
 
 
 def veiled(picture: np.ndarray, spec: TokenSpec, kept: np.ndarray) -> np.ndarray:
-    """Return a picture (H, W, 3) that is grey where its grid is not kept; a sound or video as it is."""
-    if spec.kind != "grid" or len(spec.shape) != 2:
+    """Return a picture (H, W, 3) that is grey where its grid, or the time of its sound, is not kept; a video as it is."""
+    if spec.kind == "grid" and len(spec.shape) == 3:
         return picture
-    (h, w), (ph, pw) = spec.shape, picture.shape[:2]
-    there = kept.reshape(spec.shape)[np.arange(ph)[:, None] * h // ph, np.arange(pw) * w // pw]
+    lattice = kept.reshape(spec.shape) if spec.kind == "grid" else kept.reshape(spec.shape).all(1)[None]
+    (h, w), (ph, pw) = lattice.shape, picture.shape[:2]
+    there = lattice[np.arange(ph)[:, None] * h // ph, np.arange(pw) * w // pw]
     return np.where(there[..., None], picture, np.uint8(128))

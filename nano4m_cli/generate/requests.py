@@ -88,12 +88,21 @@ def read_requests(path: Path, defaults: Mapping[str, Any]) -> list[Line]:
 
 def _object(content: str) -> dict[str, Any]:
     try:
-        data = json.loads(content)
+        data = json.loads(content, object_pairs_hook=_once)
     except ValueError as err:
         raise UsageError(f"no JSON: {err}") from err
     if not isinstance(data, dict):
         raise UsageError("no JSON object", 'write {"from": {...}, "to": "rgb"}')
     return data
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object whose keys stand once each."""
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        keys = [k for k, _ in pairs]
+        raise UsageError(f"key '{next(k for k in keys if keys.count(k) > 1)}' stands twice", "remove one of the two")
+    return out
 
 
 def _identity(given: Any, taken: Mapping[str, int]) -> str:

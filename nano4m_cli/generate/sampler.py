@@ -128,7 +128,7 @@ def _fill_slots(model: TokenModel, state: State, target: str, o: GenerateOptions
 
 
 def _noise(o: GenerateOptions, step: int, steps: int, own_N: np.ndarray) -> float | np.ndarray:
-    """Return the temperature of the confidence's noise: a ramp as it is written, a number falling evenly to 0 at the last step."""
+    """Return the temperature of the confidence's noise: a ramp as it is written, a number falling evenly to 0 at the end."""
     heat = ramp_at(o.temperature if o.noise is None else o.noise, step, own_N)
     return heat if isinstance(o.noise, str) else heat * (1 - (step + 1) / steps)
 
@@ -215,7 +215,8 @@ def _logits(
             logits = base
             for view, one in zip(shown[1:], given, strict=True):
                 scale = ramp_at(view.weight, step, steps_N[at])
-                logits = logits + (scale if isinstance(scale, float) else torch.from_numpy(scale).to(one)[:, None]) * (one - base)
+                scale = scale if isinstance(scale, float) else torch.from_numpy(scale).to(one)[:, None]
+                logits = logits + scale * (one - base)
         yield at, logits
 
 
