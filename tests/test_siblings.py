@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nano4m_cli.errors import UsageError
-from nano4m_cli.generate.sampler import GenerateOptions, State, fill
+from nano4m_cli.generate.sampler import GenerateOptions, State, fill, resolve
 from nano4m_cli.masking._base import Key
 from nano4m_cli.masking.masked import Component as Masked
 from nano4m_cli.model.base import StackConfig
@@ -186,6 +186,8 @@ def test_gpt_refuses_what_comes_after():
         fill(model, State(ids, known, np.arange(5)), "label", GenerateOptions())
     with pytest.raises(UsageError, match="without guidance"):
         fill(model, State(ids, known, np.arange(5)), "text", GenerateOptions(guidance=2.0))
+    assert resolve(GenerateOptions(), ["label"], model, model.posed({})).guidance == 1.0, "asked from nothing, and read on"
+    assert resolve(GenerateOptions(), ["label"], make(MaskGIT), {"->label": 1.0}).guidance > 1
     assert model.reads(["label"], "rgb") and not model.reads(["label", "text"], "rgb")
     assert model.posed({})["label+rgb->audio"] == 1.0
 

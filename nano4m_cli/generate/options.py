@@ -81,7 +81,7 @@ def resolve(
     options: GenerateOptions, targets: Sequence[str], model: TokenModel, posed: Mapping[str, float], away: bool = False
 ) -> GenerateOptions:
     """Return options with guidance set: where it is None, `GUIDANCE` if training asked for every grid and codes target
-    with nothing else shown, else 1.
+    with nothing else shown (and the model can be guided: one that reads on from token to token cannot), else 1.
 
     Args:
         posed: how often training posed each direction; "->rgb" is rgb from nothing.
@@ -90,5 +90,5 @@ def resolve(
     if options.guidance is not None:
         return options
     guided = [t for t in targets if model.layout.specs[model.layout.names.index(t)].kind != "sequence"]
-    able = guided and (away or all(posed.get(f"->{t}", 0.0) >= IN_DISTRIBUTION for t in guided))
+    able = guided and model.at_once and (away or all(posed.get(f"->{t}", 0.0) >= IN_DISTRIBUTION for t in guided))
     return options.model_copy(update={"guidance": GUIDANCE if able else 1.0})
