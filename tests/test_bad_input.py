@@ -698,7 +698,7 @@ def test_captions_of_unseen_characters_are_taken(shared_studio, tmp_path):
         (["--from", "caption=a", "--to", "normal"], 2, "run 'demo' has no modality 'normal'", "known: audio"),
         (["--from", "normal=a.png", "--to", "rgb"], 2, "run 'demo' has no modality 'normal'", None),
         (["--from", "captoin=a", "--to", "rgb"], 2, "run 'demo' has no modality 'captoin'", "did you mean 'caption'?"),
-        (["--from", "caption=a", "--to", "caption"], 2, "'caption' is given and asked for", None),
+        (["--from", "rgb=a.png", "--to", "rgb"], 2, "'rgb' is given and asked for", "keep a part of it: --keep rgb:0.5"),
         (["--to", "rgb"], 2, "no condition", "--from MODALITY=VALUE"),
         (["--sample", "test-99999999", "--to", "rgb"], 1, "has no sample 'test-99999999'", "a key reads like 'test-"),
         (["--from", "caption=a", "--to", "rgb", "--temperature", "-1"], 2, "temperature", None),

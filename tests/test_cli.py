@@ -144,6 +144,9 @@ def test_version():
         (["generate", "--from", "caption=x"], ["error: generate needs --to"]),
         (["generate", "--from", "caption", "--to", "rgb"], ["error: --from 'caption' is not of the form M=VALUE"]),
         (["generate", "--from", "caption=a", "--from", "caption=b", "--to", "rgb"], ["gives 'caption' twice"]),
+        (["generate", "--from", "caption=a", "--to", "rgb", "--weight", "caption"], ["--weight 'caption' is not of the form M=W"]),
+        (["generate", "--from", "caption=a", "--requests", "r.jsonl"], ["--requests says itself", "leave out --from"]),
+        (["generate", "--from", "caption=a", "--to", "rgb", "--batch", "3"], ["--batch goes with --requests"]),
         (["train", "x", "--device", "gpu"], ["error: invalid value for '--device'"]),
     ],
 )
@@ -364,35 +367,50 @@ def test_dry_run_and_run(space, here, one_thread):
 
 
 def test_generate_hands_over_what_was_given(here, fake):
-    from nano4m_cli.config import Config
-
-    class Options(Config):
-        seed: int = 0
-        steps: int = 12
-        top_p: float | None = None
-
     seen = {}
 
-    def generate_files(workspace, run_name, conditions, sample, targets, options, out, n, device):
-        seen.update(conditions=conditions, sample=sample, targets=targets, given=options.model_fields_set, n=n,
-                    device=device)
+    def generate_files(workspace, run_name, request, out, device):
+        seen.update(request=request, device=device)
         out = {"run": "demo", "out": here, "files": [here / "depth.png"], "texts": [("caption", "a cube")]}
         return types.SimpleNamespace(**out, notices=["cropped"])
 
-    fake("nano4m_cli.generate.command", GenerateOptions=Options, generate_files=generate_files)
+    class Request:
+        model_validate = staticmethod(dict)
+
+    fake("nano4m_cli.generate.command", Request=Request, generate_files=generate_files)
     a_run(here, "demo")
     args = ["generate", "--from", "rgb=a=b.png", "--from", "audio", "--sample", "k", "--to", "caption,depth"]
-    args += ["--seed", 3, "-n", 2, "--device", "cpu"]
+    args += ["--seed", 3, "-n", 2, "--device", "cpu", "--keep", "rgb:left-half", "--not", "label=3", "--weight", "rgb=2"]
     result = run(*args)
     assert result.exit_code == 0, result.output
     assert seen == {
-        "conditions": {"rgb": "a=b.png", "audio": None}, "sample": "k", "targets": ["caption", "depth"],
-        "given": {"seed"}, "n": 2, "device": "cpu",
+        "request": {
+            "from": {"rgb": "a=b.png", "audio": None}, "sample": "k", "to": ["caption", "depth"], "seed": 3, "n": 2,
+            "keep": ["rgb:left-half"], "not": {"label": "3"}, "weights": {"rgb": "2"},
+        },
+        "device": "cpu",
     }
     assert result.stdout == f"caption: a cube\n{here / 'depth.png'}\n"
     assert "run: runs/demo" in result.stderr and "notice: cropped" in result.stderr
     data = json.loads(run(*args, "--json").stdout)
     assert data["texts"] == [{"modality": "caption", "text": "a cube"}] and data["files"] == [str(here / "depth.png")]
+
+
+def test_a_recipe_is_read_and_options_go_before_it(here, fake):
+    seen = {}
+
+    class Request:
+        model_validate = staticmethod(dict)
+
+    def generate_files(workspace, run_name, request, out, device):
+        seen.update(request)
+        return types.SimpleNamespace(run="demo", out=here, files=[], texts=[], notices=[])
+
+    fake("nano4m_cli.generate.command", Request=Request, generate_files=generate_files)
+    a_run(here, "demo")
+    (here / "recipe.yaml").write_text("chain: [{to: depth, steps: 4}, {to: rgb}]\nsteps: 9\ntemperature: 1..0.2\n")
+    assert run("generate", "--recipe", "recipe.yaml", "--steps", 3, "--device", "cpu").exit_code == 0
+    assert seen == {"chain": [{"to": "depth", "steps": 4}, {"to": "rgb"}], "steps": 3, "temperature": "1..0.2"}
 
 
 @pytest.mark.parametrize("command, args", [("eval", ["--probe", "a,b"]), ("probe", ["a", "b"])])

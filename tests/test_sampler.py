@@ -8,10 +8,12 @@ import torch
 
 from nano4m_cli.config import build
 from nano4m_cli.errors import ConfigError, UsageError
-from nano4m_cli.generate.choose import counts, draw, filter_logits
+from nano4m_cli.generate.choose import draw, filter_logits, penalize
 from nano4m_cli.generate.sampler import GUIDANCE, GenerateOptions, State, chain, fill, group_logits, resolve
+from nano4m_cli.generate.schedules import counts, ramp_at, ramp_parts
 from nano4m_cli.model.batch import pack
 from nano4m_cli.model.fourm import FourM, FourMConfig
+from nano4m_cli.rng import uniform
 
 SCHEMES = ["roar", "maskgit", "ar", "onepass"]
 INF = float("inf")
@@ -76,6 +78,49 @@ def test_cosine_fills_few_at_first():
     assert got == sorted(got)
 
 
+@pytest.mark.parametrize(
+    "slots, shares, want",
+    [
+        (16, (4, 4, 8), [4, 4, 8]),
+        (16, (0.25, 0.25, 0.5), [4, 4, 8]),
+        (8, (4, 4, 8), [2, 2, 4]),
+        (5, (1, 1), [2, 3]),
+        (10, (1, 0, 3), [2, 8]),
+        (2, (1, 1, 1, 1), [1, 1]),
+        (7, (9,), [7]),
+        (0, (1, 2), []),
+    ],
+)
+def test_counts_of_shares(slots, shares, want):
+    assert counts(slots, 99, shares) == want
+
+
+# -- ramps --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ramp, steps, want",
+    [
+        (0.5, 3, [0.5, 0.5, 0.5]),
+        ("0.5", 2, [0.5, 0.5]),
+        ("1..0", 5, [1, 0.75, 0.5, 0.25, 0]),
+        ("1..0^2", 5, [1, 15 / 16, 0.75, 7 / 16, 0]),
+        ("0..4^0.5", 3, [0, 4 * 0.5**0.5, 4]),
+        ("1..3", 1, [1]),
+        ("2e-1..1", 2, [0.2, 1]),
+    ],
+)
+def test_ramps_literal(ramp, steps, want):
+    assert [float(ramp_at(ramp, i, steps)) for i in range(steps)] == pytest.approx(want)
+    assert np.broadcast_to(ramp_at(ramp, np.arange(steps), steps), steps).tolist() == pytest.approx(want)
+
+
+@pytest.mark.parametrize("bad", ["", "a", "1..", "..1", "1..2..3", "1..2^", "1...2..", "1-2"])
+def test_what_is_no_ramp(bad):
+    with pytest.raises(ValueError, match="write a number"):
+        ramp_parts(bad)
+
+
 # -- filters ------------------------------------------------------------------------------------------------------
 
 
@@ -111,6 +156,41 @@ def test_filters_literal(options, want):
     assert got.dtype == torch.float32
     assert got.exp()[0].tolist() == pytest.approx(want, abs=1e-6)
     assert [math.isinf(x) for x in got[0].tolist()] == [w == 0 for w in want], "barred ids are -inf"
+
+
+@pytest.mark.parametrize(
+    "options, want",
+    [
+        ((1.0, None, None, 0.5), [0, 4 / 9, 3 / 9, 2 / 9]),
+        ((1.0, None, None, 0.51), [0, 4 / 7, 3 / 7, 0]),
+        ((1.0, None, None, 1.0), [0, 1, 0, 0]),
+        ((1.0, None, None, 1e-6), [0.1, 0.4, 0.3, 0.2]),
+        # Temperature comes first: (0.2 / 0.4)^2 is less than 0.5. min-p sees what top-k left, of the same ratios.
+        ((0.5, None, None, 0.5), [0, 16 / 25, 9 / 25, 0]),
+        ((1.0, 3, None, 0.7), [0, 4 / 7, 3 / 7, 0]),
+        ((0.0, None, None, 0.1), [0, 1, 0, 0]),
+    ],
+)
+def test_min_p_literal(options, want):
+    assert filter_logits(logp(0.1, 0.4, 0.3, 0.2), *options).exp()[0].tolist() == pytest.approx(want, abs=1e-6)
+
+
+def test_each_row_may_have_its_own_temperature():
+    logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    heat = torch.tensor([0.0, 0.3, 1.0, 0.0, 2.0, 0.7])
+    got = filter_logits(logits, heat, 5, 0.9, 0.05)
+    for i, t in enumerate(heat.tolist()):
+        torch.testing.assert_close(got[i : i + 1], filter_logits(logits[i : i + 1], t, 5, 0.9, 0.05))
+
+
+def test_repetition_penalty():
+    p = logp(0.1, 0.4, 0.3, 0.2)
+    seen = torch.tensor([[False, True, False, True]])
+    want = np.array([0.1, 0.4**2, 0.3, 0.2**2])
+    for level in (0.0, 7.0):
+        got = penalize(p + level, seen, 2.0).softmax(-1)[0].tolist()
+        assert got == pytest.approx((want / want.sum()).tolist(), abs=1e-6)
+    assert torch.allclose(penalize(p, seen, 1.0), p)
 
 
 def test_filters_do_not_depend_on_the_level_of_the_logits():
@@ -446,6 +526,59 @@ def test_maskgit_takes_as_many_as_planned(model, layout, sample, monkeypatch):
     assert [len(s) for s in steps] == counts(12, 4, "cosine")
 
 
+def test_noise_of_its_own_decides_the_order_and_the_temperature_the_ids(model, layout, sample, monkeypatch):
+    """Without noise the surest go first even when ids are drawn hot; much noise orders by chance alone."""
+    def order(**options):
+        state = start(layout, sample, 1, ["txt"])
+        return taken_by_step(
+            model, state, "pic", GenerateOptions(scheme="maskgit", temperature=0, schedule=(3, 3, 6), **options), monkeypatch
+        )
+
+    sure = order()
+    assert order(noise=0) == order(noise="0..0") == sure and [len(s) for s in sure] == [3, 3, 6]
+    assert order(noise=50.0) != sure and order(noise="50..50") != sure
+
+
+def test_a_ramp_of_temperature_is_greedy_where_it_is_zero(model, layout, sample):
+    """From hot to greedy over 12 steps: the last slot is the likeliest of what was drawn before."""
+    state = start(layout, sample, 5, ["txt"])
+    fill(model, state, "pic", GenerateOptions(scheme="ar", temperature="3..0"))
+    here = layout.slice("pic")
+    last = here.stop - 1
+    for i in range(5):
+        known, asked = state.known_BC[i : i + 1].copy(), np.zeros((1, layout.columns), dtype=bool)
+        known[0, last], asked[0, last] = False, True
+        ids = np.where(known, state.ids_BC[i : i + 1], 0)
+        assert state.ids_BC[i, last] == int(one_logits(model, ids, known, asked)[last].argmax())
+
+
+@pytest.mark.parametrize("scheme", ["roar", "maskgit"])
+def test_ramps_leave_a_request_what_it_is_alone(model, layout, sample, scheme):
+    """Requests with as many steps as slots are unknown, so that each has its own place on every ramp."""
+    options = GenerateOptions(
+        scheme=scheme, steps=9, temperature="2..0.1^2", noise="3..0", guidance="4..0", min_p=0.01, seed=3
+    )
+    whole = start(layout, sample, 6, ["txt"])
+    here = layout.slice("pic")
+    for i in range(6):
+        whole.known_BC[i, here.start : here.start + 2 * i] = True
+        whole.ids_BC[i, here.start : here.start + 2 * i] = 1
+    alone = [whole.rows(np.array([i])) for i in range(6)]
+    for state in (whole, *alone):
+        fill(model, state, "pic", options)
+    assert all(np.array_equal(one.ids_BC[0, here], whole.ids_BC[i, here]) for i, one in enumerate(alone))
+
+
+def test_a_ramp_of_guidance_passes_through_its_scales(model, layout, sample, monkeypatch):
+    """A scale that never changes, written as a ramp, is the scale; one that falls to 1 ends as plain conditioning."""
+    made = []
+    for guidance in (3.0, "3..3", "3..1"):
+        state = start(layout, sample, 6, ["txt"])
+        fill(model, state, "pic", GenerateOptions(temperature=1.0, steps=4, guidance=guidance))
+        made.append(state.ids_BC[:, layout.slice("pic")])
+    assert np.array_equal(made[0], made[1]) and not np.array_equal(made[0], made[2])
+
+
 def test_sampling_follows_the_model(model, layout, sample):
     """One slot of many equal requests: the drawn ids follow the model's distribution."""
     n = 3000
@@ -515,6 +648,26 @@ def test_text_equals_a_slow_loop_that_packs_everything_anew(model, layout, sampl
         assert np.array_equal(state.ids_BC[i, here.start : here.start + end], ids[0, here.start : here.start + end])
         lengths.add(end)
     assert lengths
+
+
+def test_a_penalty_keeps_a_text_from_repeating_itself(model, layout, sample):
+    """Against the slow loop in which the penalty is written out; a greater one repeats less."""
+    here, repeats = layout.slice("txt"), []
+    for penalty in (1.0, 2.0, 10.0):
+        state = start(layout, sample, 30, ["pic"])
+        fill(model, state, "txt", GenerateOptions(text_temperature=1, repetition=penalty))
+        texts = [r[k].tolist() for r, k in zip(state.ids_BC[:, here], state.known_BC[:, here], strict=True)]
+        repeats.append(sum(len(t) - len(set(t)) for t in texts))
+        for i in range(3):
+            ids, known = np.where(state.known_BC, state.ids_BC, 0)[i : i + 1].copy(), state.known_BC[i : i + 1].copy()
+            known[0, here] = False
+            for at, want in enumerate(texts[i][:5]):
+                asked = np.zeros_like(known)
+                asked[0, here.start : here.start + at + 1] = True
+                p = one_logits(model, ids, known, asked)[here.start + at].log_softmax(-1)
+                p[sorted(set(texts[i][:at]))] *= penalty
+                assert int(draw(p.log_softmax(-1)[None], uniform(0, "draw/txt", np.array([i]), at))[0]) == want
+    assert repeats[0] > repeats[1] >= repeats[2]
 
 
 def test_a_text_with_a_gap_is_a_programmer_s_error(model, layout, sample):
@@ -590,6 +743,12 @@ def test_group_logits_equal_the_model_s(model, layout, sample):
         {"top_p": 1.5},
         {"seed": -1},
         {"tempreture": 1},
+        {"temperature": "1..x"},
+        {"noise": -1},
+        {"min_p": 2},
+        {"repetition": 0},
+        {"schedule": "1,a"},
+        {"guidance": -1},
     ],
 )
 def test_impossible_options_are_config_errors(options):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nano4m_cli.errors import UsageError
-from nano4m_cli.generate.sampler import GenerateOptions, State, fill
+from nano4m_cli.generate.sampler import GenerateOptions, State, fill, resolve
 from nano4m_cli.masking._base import Key
 from nano4m_cli.masking.masked import Component as Masked
 from nano4m_cli.model.base import StackConfig
@@ -186,8 +186,29 @@ def test_gpt_refuses_what_comes_after():
         fill(model, State(ids, known, np.arange(5)), "label", GenerateOptions())
     with pytest.raises(UsageError, match="without guidance"):
         fill(model, State(ids, known, np.arange(5)), "text", GenerateOptions(guidance=2.0))
+    assert resolve(GenerateOptions(), ["label"], model, model.posed({})).guidance == 1.0, "asked from nothing, and read on"
+    assert resolve(GenerateOptions(), ["label"], make(MaskGIT), {"->label": 1.0}).guidance > 1
     assert model.reads(["label"], "rgb") and not model.reads(["label", "text"], "rgb")
     assert model.posed({})["label+rgb->audio"] == 1.0
+
+
+def test_gpt_goes_on_with_a_beginning_and_takes_no_other_part():
+    model, (ids, there) = make(GPT), samples()
+    known = there & (LAYOUT.modality_C < 1)
+    rgb = LAYOUT.slice("rgb")
+    known[:, rgb.start : rgb.start + 3] = True
+    state = State(np.where(known, ids, 0), known.copy(), np.arange(5))
+    fill(model, state, "rgb", GenerateOptions(temperature="2..0.1", min_p=0.01, seed=1))
+    assert state.known_BC[:, rgb].all() and np.array_equal(state.ids_BC[known], ids[known])
+    for i in range(5):  # each as it is alone
+        alone = State(np.where(known, ids, 0)[i : i + 1], known[i : i + 1].copy(), np.array([i]))
+        fill(model, alone, "rgb", GenerateOptions(temperature="2..0.1", min_p=0.01, seed=1))
+        assert np.array_equal(alone.ids_BC[0, rgb], state.ids_BC[i, rgb])
+    with pytest.raises(UsageError, match="part of rgb was given"):
+        fill(model, State(ids, known, np.arange(5)), "audio", GenerateOptions())
+    known[:, rgb.start : rgb.start + 3], known[:, rgb.start + 4] = False, True
+    with pytest.raises(UsageError, match="it can keep no more than its beginning"):
+        fill(model, State(ids, known, np.arange(5)), "rgb", GenerateOptions())
 
 
 @pytest.mark.parametrize("scheme", ["roar", "maskgit", "onepass", "ar"])
@@ -203,6 +224,30 @@ def test_maskgit_fills_every_slot(scheme, guidance):
     for row, there in zip(text, known, strict=True):
         stop = np.flatnonzero(row == 0)
         assert there.sum() == (stop[0] + 1 if len(stop) else len(row)) and there[: there.sum()].all()
+
+
+def test_maskgit_weighs_conditions_with_every_slot_shown_or_asked():
+    """u + 2 (label - u) + 3 (audio - u) and n + 2 (label - n), each question with all unknown slots masked."""
+    model, (ids, there) = make(MaskGIT), samples(4)
+    audio, label, rgb, text = (LAYOUT.modality_C == LAYOUT.names.index(m) for m in ("audio", "label", "rgb", "text"))
+
+    def answers(shown, exists=None):
+        exists = np.ones_like(there) if exists is None else exists
+        packed = pack(LAYOUT, ids, shown, exists & ~shown)
+        with torch.no_grad():
+            return model(packed)[1].view(4, 6, 16)
+
+    known = there & (audio | label)
+    state = State(np.where(known, ids, 0), known.copy(), np.arange(4))
+    weights = GenerateOptions(scheme="onepass", temperature=0, weights={"label": 2, "audio": 3})
+    fill(model, state, "rgb", weights)
+    u, a, l = answers(there & False), answers(there & audio), answers(there & label)
+    assert np.array_equal(state.ids_BC[:, rgb], (u + 2 * (l - u) + 3 * (a - u)).argmax(-1).numpy())
+    known = there & label
+    state = State(np.where(known, ids, 0), known.copy(), np.arange(4), away_ids_BC=ids, away_BC=there & text)
+    fill(model, state, "rgb", GenerateOptions(scheme="onepass", temperature=0, guidance=2.0))
+    n = answers(there & text, there | ~text)  # the negative text has no slots after its end
+    assert np.array_equal(state.ids_BC[:, rgb], (n + 2 * (answers(known) - n)).argmax(-1).numpy())
 
 
 def test_maskgit_is_asked_for_all_it_does_not_know():

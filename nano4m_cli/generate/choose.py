@@ -1,4 +1,8 @@
-"""From logits to ids: temperature, then top-k, then top-p, then one uniform number per slot. Pure functions."""
+"""From logits to ids: repetition penalty, temperature, top-k, top-p, min-p, then one uniform number per slot. Pure functions.
+
+The order is a choice: temperature first, so that top-p and min-p bound the distribution that is drawn from, whatever its
+temperature; each filter sees what the one before it left.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,34 @@ import torch
 from torch import Tensor
 
 
-def filter_logits(logits_NV: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """Return log-probabilities (N, V) fp32 after temperature, top-k and top-p, in this order; barred ids are -inf.
+def penalize(logits_NV: Tensor, seen_NV: Tensor, penalty: float) -> Tensor:
+    """Return logits whose probabilities p are as p ** penalty where an id was seen (bool), before they are normalised again.
 
-    temperature 0 leaves the most likely id alone. top_p keeps the smallest set of ids whose probability reaches it.
+    The repetition penalty of Keskar et al. 2019 (arXiv:1909.05858), on log-probabilities: they are never positive, so
+    that the level of the logits does not matter.
+    """
+    logp = logits_NV.float().log_softmax(-1)
+    return torch.where(seen_NV, logp * penalty, logp)
+
+
+def filter_logits(
+    logits_NV: Tensor, temperature: float | Tensor, top_k: int | None, top_p: float | None, min_p: float | None = None
+) -> Tensor:
+    """Return log-probabilities (N, V) fp32 after temperature, top-k, top-p and min-p, in this order; barred ids are -inf.
+
+    temperature: one, or one per row (N,); 0 leaves the most likely id alone. top_p keeps the smallest set of ids whose
+    probability reaches it; min_p those at least so likely as its share of the likeliest (Nguyen et al. 2024,
+    arXiv:2407.01082).
     """
     logits = logits_NV.float()
+    best = logits.argmax(-1, keepdim=True)
+    greedy = torch.full_like(logits, -torch.inf).scatter_(-1, best, 0.0)
+    if isinstance(temperature, Tensor):
+        cold = (temperature == 0)[:, None]
+        warm = filter_logits(logits / torch.where(cold, 1.0, temperature[:, None].float()), 1.0, top_k, top_p, min_p)
+        return torch.where(cold, greedy, warm)
     if temperature == 0:
-        best = logits.argmax(-1, keepdim=True)
-        return torch.full_like(logits, -torch.inf).scatter_(-1, best, 0.0)
+        return greedy
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[..., -1:]
@@ -25,6 +48,8 @@ def filter_logits(logits_NV: Tensor, temperature: float, top_k: int | None, top_
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
         barred = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before >= top_p)
         logits = logits.masked_fill(barred, -torch.inf)
+    if min_p is not None:
+        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + np.log(min_p), -torch.inf)
     return logits.log_softmax(-1)
 
 
@@ -37,20 +62,3 @@ def draw(logp_NV: Tensor, uniform_N: np.ndarray) -> tuple[Tensor, Tensor]:
     # Rounding at the very end may land on a barred id: the most likely one is then taken.
     ids = torch.where(p.gather(-1, ids[:, None]).squeeze(-1) > 0, ids, p.argmax(-1))
     return ids, logp_NV.gather(-1, ids[:, None]).squeeze(-1)
-
-
-def counts(slots: int, steps: int, schedule: str = "linear") -> list[int]:
-    """Return how many slots each step fills: at most `steps` positive numbers that sum to `slots`.
-
-    linear: as even as possible. cosine (MaskGIT, Chang et al. 2022): few at first, more later.
-    """
-    steps = max(1, min(steps, slots))
-    if schedule == "cosine":
-        left = [round(slots * np.cos(np.pi / 2 * (i + 1) / steps)) for i in range(steps)]
-        left = [max(l, 0) for l in left]
-        left[-1] = 0
-        out = [a - b for a, b in zip([slots, *left[:-1]], left, strict=True)]
-    else:
-        edges = [round(slots * (i + 1) / steps) for i in range(steps)]
-        out = [b - a for a, b in zip([0, *edges[:-1]], edges, strict=True)]
-    return [n for n in out if n > 0]

@@ -5,94 +5,26 @@ Every draw is a function of (seed, request, slot), so a request gives the same s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from nano4m_cli.config import Config
 from nano4m_cli.errors import UsageError
-from nano4m_cli.generate.choose import counts, draw, filter_logits
-from nano4m_cli.masking._mixture import IN_DISTRIBUTION
+from nano4m_cli.generate.choose import draw, filter_logits, penalize
+from nano4m_cli.generate.options import GUIDANCE, GenerateOptions, resolve
+from nano4m_cli.generate.schedules import counts, ramp_at
+from nano4m_cli.generate.state import Stage, State, there, views
 from nano4m_cli.model.base import TokenModel
 from nano4m_cli.model.batch import Packed, pack
 from nano4m_cli.model.fourm import FourM
 from nano4m_cli.model.gpt import GPT
-from nano4m_cli.rng import uniform
-from nano4m_cli.spec import Layout
-from nano4m_cli.tokenizers._base import Tokenizer
+from nano4m_cli.spec import TokenSpec
 from nano4m_cli.tokenizers._fsq import FSQ
 
-GUIDANCE = 2.5  # chosen on the val split of scenes: scripts/bench/guidance.py
-Scheme = Literal["auto", "roar", "maskgit", "ar", "onepass", "mean"]
-
-
-class GenerateOptions(Config):
-    """scheme: roar (random order), maskgit (most confident first), ar (left to right), onepass (all at once); auto is
-    roar for grids and codes. Text is always ar. Order of filters: temperature, top-k, top-p; temperature 0 is greedy.
-    mean: an estimate instead of a sample, for what the condition determines (depth and normals of a picture): each slot
-    is decoded from the expected value of its code, its id is the likeliest; temperature and filters do not matter.
-
-    guidance: scale s of classifier-free guidance of grids and codes (Ho and Salimans 2022, arXiv:2207.12598): logits
-    are u + s (c - u), where c sees all that is known and u only the target's own known slots. 1: none, and half the
-    work. None: `GUIDANCE` where training posed u's question, else 1 (see `resolve`).
-    """
-
-    scheme: Scheme = "auto"
-    steps: int = Field(12, ge=1)
-    schedule: Literal["linear", "cosine"] = "linear"
-    temperature: float = Field(0.5, ge=0)
-    text_temperature: float = Field(0.3, ge=0)
-    top_k: int | None = Field(None, ge=1)
-    top_p: float | None = Field(None, gt=0, le=1)
-    guidance: float | None = Field(None, ge=0, le=100)
-    seed: int = Field(0, ge=0)
-
-
-def resolve(options: GenerateOptions, targets: Sequence[str], model: TokenModel, posed: Mapping[str, float]) -> GenerateOptions:
-    """Return options with guidance set: where it is None, `GUIDANCE` if training asked for every grid and codes target
-    with nothing else shown, else 1.
-
-    Args:
-        posed: how often training posed each direction; "->rgb" is rgb from nothing.
-    """
-    if options.guidance is not None:
-        return options
-    guided = [t for t in targets if model.layout.specs[model.layout.names.index(t)].kind != "sequence"]
-    able = guided and all(posed.get(f"->{t}", 0.0) >= IN_DISTRIBUTION for t in guided)
-    return options.model_copy(update={"guidance": GUIDANCE if able else 1.0})
-
-
-@dataclass
-class State:
-    """Requests under way: ids (B, C) and which of them are known (B, C); request_B numbers them for the draws.
-
-    values: per modality filled by scheme "mean", the expected code values (B, slots, levels).
-    """
-
-    ids_BC: np.ndarray
-    known_BC: np.ndarray
-    request_B: np.ndarray
-    values: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def rows(self, index: np.ndarray) -> State:
-        values = {t: v[index] for t, v in self.values.items()}
-        return State(self.ids_BC[index], self.known_BC[index], self.request_B[index], values)
-
-    def decode(self, layout: Layout, target: str, tokenizer: Tokenizer, batch: int = 128) -> list[Any]:
-        """Return the raw values of a filled modality."""
-        columns, out = layout.slice(target), []
-        for start in range(0, len(self.ids_BC), batch):
-            part = self.rows(np.arange(start, min(start + batch, len(self.ids_BC))))
-            if target in part.values:
-                out += tokenizer.decode_values(part.values[target])
-            else:
-                out += tokenizer.decode([i[k] for i, k in zip(part.ids_BC[:, columns], part.known_BC[:, columns], strict=True)])
-        return out
+__all__ = ["GUIDANCE", "GenerateOptions", "Stage", "State", "chain", "chains", "fill", "resolve"]
 
 
 def fill(model: TokenModel, state: State, target: str, options: GenerateOptions) -> None:
@@ -117,33 +49,60 @@ def fill(model: TokenModel, state: State, target: str, options: GenerateOptions)
 
 def chain(model: TokenModel, state: State, targets: Sequence[str], options: GenerateOptions, batch: int = 128) -> None:
     """Fill several modalities one after the other, each conditioned on those before; requests in parts of `batch`."""
-    for start in range(0, len(state.ids_BC), batch):
-        index = np.arange(start, min(start + batch, len(state.ids_BC)))
-        part = state.rows(index)
-        for target in targets:
-            fill(model, part, target, options)
-        state.ids_BC[index], state.known_BC[index] = part.ids_BC, part.known_BC
-        for target, values in part.values.items():
-            state.values.setdefault(target, np.zeros((len(state.ids_BC), *values.shape[1:]), np.float32))[index] = values
+    chains(model, state, [[Stage(t, options) for t in targets]] * len(state.ids_BC), batch)
+
+
+def chains(model: TokenModel, state: State, stages_B: Sequence[Sequence[Stage]], batch: int = 128) -> None:
+    """Go through every request's own stages; those that wait for the same target and options (but for the seed) go together."""
+    left = [list(stages) for stages in stages_B]
+    while any(left):
+        waiting: dict[tuple[str, GenerateOptions], list[int]] = {}
+        for row, stages in enumerate(left):
+            if stages:
+                waiting.setdefault((stages[0].target, stages[0].options.model_copy(update={"seed": 0})), []).append(row)
+        (target, options), rows = max(waiting.items(), key=lambda item: len(item[1]))
+        _stage(model, state, target, options, np.array(rows[:batch]), [left[row].pop(0) for row in rows[:batch]])
+
+
+def _stage(
+    model: TokenModel, state: State, target: str, options: GenerateOptions, index: np.ndarray, stages: Sequence[Stage]
+) -> None:
+    """Fill one modality in the requests `index`, each seeing what its stage shows."""
+    part, columns = state.rows(index), model.layout.slice(target)
+    part.seed_B = np.array([s.options.seed for s in stages])
+    nothing = np.zeros(model.layout.columns, dtype=bool)
+    hidden = np.stack([nothing if s.hidden_C is None else s.hidden_C for s in stages])
+    aside = part.known_BC & hidden
+    aside[:, columns] = False
+    part.known_BC &= ~hidden
+    part.values.clear()
+    fill(model, part, target, options)
+    state.ids_BC[index], state.known_BC[index] = part.ids_BC, part.known_BC | aside
+    if target in part.values and target not in state.values:
+        state.values[target] = np.full((len(state.ids_BC), *part.values[target].shape[1:]), np.nan, np.float32)
+    if target in state.values:
+        state.values[target][index] = part.values.get(target, np.nan)
 
 
 def _fill_slots(model: TokenModel, state: State, target: str, o: GenerateOptions) -> None:
     columns = model.layout.slice(target)
-    unknown = ~state.known_BC[:, columns] & _there(model.layout, state)[:, columns]
+    unknown = ~state.known_BC[:, columns] & _exists(model, state)[:, columns]
     slots = unknown.shape[1]
     scheme = "roar" if o.scheme == "auto" else o.scheme
-    steps = {"onepass": 1, "ar": slots}.get(scheme, o.steps)
+    steps = {"onepass": 1, "ar": slots}.get(scheme, o.steps if isinstance(o.schedule, str) else len(o.schedule))
+    schedule = "linear" if scheme in ("onepass", "ar") else o.schedule
     if scheme == "ar":
         order = np.broadcast_to(np.arange(slots, dtype=np.float64), unknown.shape)
     else:
-        order = uniform(o.seed, f"order/{target}", state.request_B[:, None], np.arange(slots))
-    plan = [counts(int(n), steps, o.schedule) for n in unknown.sum(1)]
+        order = state.uniform(o.seed, f"order/{target}", np.arange(len(unknown))[:, None], np.arange(slots))
+    plan = [counts(int(n), steps, schedule) for n in unknown.sum(1)]
+    steps_B = np.array([len(p) for p in plan])
     for step in range(max((len(p) for p in plan), default=0)):
         n_now = np.array([p[step] if step < len(p) else 0 for p in plan])
         active = np.flatnonzero(n_now)
         now = unknown[active] & ~state.known_BC[active, columns]
         if scheme == "ar":  # a text may have ended
-            now &= _there(model.layout, state.rows(active))[:, columns]
+            now &= _exists(model, state.rows(active))[:, columns]
             if not now.any():
                 break
         if scheme == "maskgit":
@@ -151,11 +110,11 @@ def _fill_slots(model: TokenModel, state: State, target: str, o: GenerateOptions
         else:
             rank = np.argsort(np.argsort(np.where(now, order[active], np.inf), axis=1, kind="stable"), axis=1)
             asked = now & (rank < n_now[active, None])
-        row, slot, ids, logp = _ask(model, state.rows(active), columns, asked, target, o, step)
+        row, slot, ids, logp = _ask(model, state.rows(active), columns, asked, target, o, step, steps_B[active])
         if scheme == "maskgit" and step + 1 < steps:
             # Confidence of what was drawn, with Gumbel noise that fades as the schedule ends.
-            u = uniform(o.seed, f"confidence/{target}", state.request_B[active][row], slot, step)
-            confidence = logp - np.log(-np.log(u)) * o.temperature * (1 - (step + 1) / steps)
+            u = state.uniform(o.seed, f"confidence/{target}", active[row], slot, step)
+            confidence = logp - np.log(-np.log(u)) * _noise(o, step, steps, steps_B[active[row]])
             grid = np.full(asked.shape, -np.inf)
             grid[row, slot] = confidence
             keep = np.argsort(np.argsort(-grid, axis=1, kind="stable"), axis=1) < n_now[active, None]
@@ -163,9 +122,15 @@ def _fill_slots(model: TokenModel, state: State, target: str, o: GenerateOptions
             row, slot, ids = row[take], slot[take], ids[take]
         state.ids_BC[active[row], columns.start + slot] = ids
         state.known_BC[active[row], columns.start + slot] = True
-    there = _there(model.layout, state)[:, columns]
+    there = _exists(model, state)[:, columns]
     assert (state.known_BC[:, columns] | ~there).all(), target
     state.known_BC[:, columns] &= there  # what follows the end of a text is none of it
+
+
+def _noise(o: GenerateOptions, step: int, steps: int, own_N: np.ndarray) -> float | np.ndarray:
+    """Return the temperature of the confidence's noise: a ramp as it is written, a number falling evenly to 0 at the end."""
+    heat = ramp_at(o.temperature if o.noise is None else o.noise, step, own_N)
+    return heat if isinstance(o.noise, str) else heat * (1 - (step + 1) / steps)
 
 
 def _estimate(model: TokenModel, state: State, target: str, o: GenerateOptions) -> None:
@@ -184,34 +149,54 @@ def _estimate(model: TokenModel, state: State, target: str, o: GenerateOptions) 
     state.values[target] = values
 
 
-def _ask(model: TokenModel, state: State, columns: slice, asked_BL: np.ndarray, target: str, o: GenerateOptions, step: int):
-    """Return (row, slot, drawn id, the model's log-probability of it), numpy, for every asked slot."""
+def _ask(
+    model: TokenModel, state: State, columns: slice, asked_BL: np.ndarray, target: str, o: GenerateOptions, step: int,
+    steps_B: np.ndarray,
+):
+    """Return (row, slot, drawn id, the model's log-probability of it), numpy, for every asked slot.
+
+    Args:
+        steps_B: how many steps each request's own schedule has.
+    """
     row, slot = np.nonzero(asked_BL)
     ids, logp = np.zeros(len(row), dtype=np.int64), np.zeros(len(row))
-    u = uniform(o.seed, f"draw/{target}", state.request_B[row], slot, step)
-    for at, logits in _logits(model, state, columns, asked_BL, o):
-        drawn, _ = draw(filter_logits(logits, o.temperature, o.top_k, o.top_p), u[at])
+    u = state.uniform(o.seed, f"draw/{target}", row, slot, step)
+    spec = model.layout.specs[model.layout.names.index(target)]
+    heat = ramp_at(o.temperature, step, steps_B[row])
+    for at, logits in _logits(model, state, columns, asked_BL, o, step, steps_B):
+        own = heat if isinstance(heat, float) else torch.from_numpy(heat[at]).to(logits)
+        drawn, _ = draw(filter_logits(_fresh(logits, state, columns, row[at], spec, o), own, o.top_k, o.top_p, o.min_p), u[at])
         # Confidence is the model's own, before temperature and filters.
         score = logits.log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1)
         ids[at], logp[at] = drawn.cpu().numpy(), score.cpu().numpy()
     return row, slot, ids, logp
 
 
+def _fresh(logits_NV: Tensor, state: State, columns: slice, row_N: np.ndarray, spec: TokenSpec, o: GenerateOptions) -> Tensor:
+    """Return logits with the repetition penalty on what the text of each row holds already."""
+    if spec.kind != "sequence" or o.repetition == 1:
+        return logits_NV
+    seen = np.zeros((len(state.ids_BC), spec.vocab_size), dtype=bool)
+    at, slot = np.nonzero(state.known_BC[:, columns])
+    seen[at, state.ids_BC[at, columns.start + slot]] = True
+    seen[:, spec.eos] = False
+    return penalize(logits_NV, torch.from_numpy(seen[row_N]).to(logits_NV.device), o.repetition)
+
+
 def _logits(
-    model: TokenModel, state: State, columns: slice, asked_BL: np.ndarray, o: GenerateOptions
+    model: TokenModel, state: State, columns: slice, asked_BL: np.ndarray, o: GenerateOptions, step: int = 0,
+    steps_B: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Yield (which of the asked slots in row-major order (n,), their fp32 logits (n, V)), guidance applied."""
     layout = model.layout
     asked_BC = np.zeros(state.known_BC.shape, dtype=bool)
     asked_BC[:, columns] = asked_BL
-    ids_BC, shown_BC = state.ids_BC, state.known_BC
-    guided = o.guidance not in (None, 1.0)
-    if guided:  # every request once more, with nothing but the target shown
-        bare_BC = shown_BC & (np.arange(layout.columns) >= columns.start) & (np.arange(layout.columns) < columns.stop)
-        ids_BC, shown_BC, asked_BC = np.tile(ids_BC, (2, 1)), np.concatenate([shown_BC, bare_BC]), np.tile(asked_BC, (2, 1))
-    posed_BC = asked_BC
-    if model.wholly:  # it sees every slot: what is not shown is asked, and the answers that are not wanted are left
-        posed_BC = np.tile(_there(layout, state), (2 if guided else 1, 1)) & ~shown_BC
+    shown = views(layout, state, columns, o)  # every request is asked once for each
+    steps_N = np.repeat(np.ones(len(asked_BL), int) if steps_B is None else steps_B, asked_BL.sum(1))
+    ids_BC, shown_BC, there_BC = (np.concatenate([getattr(v, x) for v in shown]) for x in ("ids_BC", "shown_BC", "there_BC"))
+    asked_BC = np.tile(asked_BC, (len(shown), 1))
+    # A model that sees every slot is asked for all that is not shown; the answers that are not wanted are left.
+    posed_BC = there_BC & ~shown_BC if model.wholly else asked_BC
     packed = pack(layout, ids_BC, shown_BC, posed_BC, model.config.registers).to(model.device)
     wanted = asked_BC[posed_BC]
     number = np.cumsum(wanted) - 1
@@ -224,39 +209,43 @@ def _logits(
             continue
         logits = (logits if take.all() else logits[torch.from_numpy(take).to(logits.device)]).float()
         at = number[index[take]]
-        if guided:
-            half = len(logits) // 2
-            at, given, bare = at[:half], logits[:half], logits[half:]
-            logits = bare + o.guidance * (given - bare)
+        if len(shown) > 1:
+            at = at[: len(at) // len(shown)]
+            base, *given = logits.split(len(at))
+            logits = base
+            for view, one in zip(shown[1:], given, strict=True):
+                scale = ramp_at(view.weight, step, steps_N[at])
+                scale = scale if isinstance(scale, float) else torch.from_numpy(scale).to(one)[:, None]
+                logits = logits + scale * (one - base)
         yield at, logits
 
 
-def _there(layout: Layout, state: State) -> np.ndarray:
-    """Return bool (B, C): slots that exist; a text whose end is known has none after it."""
-    there = np.ones(state.known_BC.shape, dtype=bool)
-    for spec in layout.specs:
-        if spec.kind == "sequence":
-            columns = layout.slice(spec.modality)
-            ended = (state.ids_BC[:, columns] == spec.eos) & state.known_BC[:, columns]
-            there[:, columns] = np.cumsum(ended, 1) - ended == 0
-    return there
+def _exists(model: TokenModel, state: State) -> np.ndarray:
+    return there(model.layout, state.ids_BC, state.known_BC)
 
 
 def _read_on(model: GPT, state: State, target: str, o: GenerateOptions) -> None:
     """Fill the target slot by slot in reading order, after all that is known; keys and values read before are kept."""
     layout, columns = model.layout, model.layout.slice(target)
     spec = layout.specs[layout.names.index(target)]
-    if o.guidance not in (None, 1.0):
-        raise UsageError("a gpt run is trained without guidance", "leave --guidance out")
-    unknown = ~state.known_BC[:, columns] & _there(layout, state)[:, columns]
+    if o.guided or state.away_BC is not None:
+        raise UsageError("a gpt run is trained without guidance", "leave --guidance, --weight and --not out")
+    missing = ~state.known_BC & _exists(model, state)
+    unknown = missing[:, columns]
     todo = np.flatnonzero(unknown.any(1))
     if not len(todo):
         return
+    for m, name in enumerate(layout.names):
+        part = slice(layout.start[m], layout.start[m + 1])
+        if name != target and (state.known_BC[:, part].any(1) & missing[:, part].any(1))[todo].any():
+            raise UsageError(f"a gpt run reads a modality whole or not at all: part of {name} was given", "leave --keep out")
     first = columns.start + unknown.argmax(1)
     col_C = np.arange(layout.columns)
     last = np.where(state.known_BC, col_C, -1).max(1)
     if (last[todo] >= first[todo]).any():
         late = layout.names[layout.modality_C[int(last[todo].max())]]
+        if late == target:
+            raise UsageError(f"a gpt run goes on with {target}: it can keep no more than its beginning", "e.g. --keep rgb:0.5")
         raise UsageError(
             f"a gpt run reads {', '.join(layout.names)} in this order: '{late}' cannot be given for '{target}'",
             "give what comes before, or train the modalities in another order (data.modalities)",
@@ -269,15 +258,20 @@ def _read_on(model: GPT, state: State, target: str, o: GenerateOptions) -> None:
     before, col = last[todo].copy(), first[todo].copy()
     row = np.arange(len(todo))
     alive = np.ones(len(todo), dtype=bool)
-    heat = o.text_temperature if spec.kind == "sequence" else o.temperature
+    begin, length = first[todo], columns.stop - first[todo]
     while alive.any():
         ids = np.where(before >= 0, part.ids_BC[row, np.maximum(before, 0)], 0)
         h = model.step(caches, (ids, before), col, read)
         groups = layout.group_C[col]
         for g in np.unique(groups[alive]):
             some = np.flatnonzero(alive & (groups == g))
-            logp = filter_logits(group_logits(model, h[torch.from_numpy(some).to(h.device)], int(g)), heat, o.top_k, o.top_p)
-            u = uniform(o.seed, f"draw/{target}", part.request_B[some], col[some] - columns.start)
+            logits = group_logits(model, h[torch.from_numpy(some).to(h.device)], int(g)).float()
+            heat = o.text_temperature
+            if spec.kind != "sequence":
+                heat = ramp_at(o.temperature, col[some] - begin[some], length[some])
+                heat = heat if isinstance(heat, float) else torch.from_numpy(heat).to(logits)
+            logp = filter_logits(_fresh(logits, part, columns, some, spec, o), heat, o.top_k, o.top_p, o.min_p)
+            u = part.uniform(o.seed, f"draw/{target}", some, col[some] - columns.start)
             new = draw(logp, u)[0].cpu().numpy()
             if spec.kind == "sequence":  # the last slot can only end the text
                 new = np.where(col[some] == columns.stop - 1, spec.eos, new)
@@ -312,8 +306,11 @@ def _write_text(model: FourM, state: State, target: str, o: GenerateOptions) -> 
         dec = pack(layout, state.ids_BC, nothing, asked, 0, answers=(state.ids_BC[alive], alive))
         h = model.decode(_with_encoder(dec, packed), encoded)
         final = h[torch.from_numpy(np.cumsum(asked.sum(1)) - 1)]
-        logp = filter_logits(group_logits(model, final, group), o.text_temperature, o.top_k, o.top_p)
-        u = uniform(o.seed, f"draw/{target}", state.request_B[alive], end[alive])
+        part = state.rows(alive)
+        part.known_BC[:, columns] = slot < end[alive, None]  # what is written already
+        logits = _fresh(group_logits(model, final, group), part, columns, np.arange(len(alive)), spec, o)
+        logp = filter_logits(logits, o.text_temperature, o.top_k, o.top_p, o.min_p)
+        u = state.uniform(o.seed, f"draw/{target}", alive, end[alive])
         ids = draw(logp, u)[0].cpu().numpy()
         full = end[alive] == spec.slots - 1
         ids = np.where(full, spec.eos, ids)  # the last slot can only end the text
