@@ -69,19 +69,14 @@ class _Column:
 
     def read(self, index_B: np.ndarray, variant_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (ids (B, slots) int64, zeros beyond a text's end, length (B,))."""
-        spec, item = self.spec, self.spec.dtype.itemsize
+        spec, dtype = self.spec, self.spec.dtype
+        item = dtype.itemsize
         length = self.length_N[index_B]
-        width = int(length.max(initial=0))
         at = self.offset_N[index_B] + variant_B % spec.variants * (spec.slots * item if spec.kind != "sequence" else 0)
         out = np.zeros((len(index_B), spec.slots), dtype=np.int64)
-        step = np.arange(width * item)
-        for s in np.unique(self.shard_N[index_B]):
-            rows = np.flatnonzero(self.shard_N[index_B] == s)
-            data = self.maps[s]
-            raw = data[np.minimum(at[rows, None] + step, len(data) - 1)]
-            out[rows, :width] = np.ascontiguousarray(raw).view(spec.dtype)
-        if spec.kind == "sequence":
-            out[np.arange(spec.slots) >= length[:, None]] = 0
+        places = zip(self.shard_N[index_B].tolist(), at.tolist(), length.tolist(), strict=True)
+        for row, (shard, first, n) in zip(out, places, strict=True):
+            row[:n] = self.maps[shard][first : first + n * item].view(dtype)
         if int(out.max(initial=0)) >= spec.vocab_size:
             bad = int(np.argmax((out >= spec.vocab_size).any(1)))
             key = self.split.keys[int(index_B[bad])]

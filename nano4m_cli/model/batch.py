@@ -112,10 +112,11 @@ def pack(
     arow, acol = np.nonzero(asked_BC)
     before = np.where(layout.sequence_C[acol], acol - layout.start[layout.modality_C[acol]], 0)
     prev = np.where(before > 0, dec_source[arow, np.maximum(acol - 1, 0)], -1)
-    per_modality = np.add.reduceat(asked_BC.astype(np.int64), layout.start[:-1], axis=1)  # (A, M)
+    m = len(layout.specs)
+    per_modality = np.bincount(arow * m + layout.modality_C[acol], minlength=len(asked_BC) * m).reshape(-1, m)  # (A, M)
     run_row, run_m = np.nonzero(per_modality)
     group_T = layout.group_C[acol]
-    order = np.argsort(group_T, kind="stable")
+    order = np.argsort(group_T.astype(np.int16), kind="stable")  # 16 bits: a radix sort
     edges = np.searchsorted(group_T[order], np.arange(len(layout.groups) + 1))
     as_tensor = lambda x: torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64))  # noqa: E731
     return Packed(
