@@ -18,7 +18,8 @@ _M2 = np.uint64(0x94D049BB133111EB)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    x = x ^ (x >> np.uint64(30))
+    """Return the mixed words, in the array that was given: callers own it."""
+    x ^= x >> np.uint64(30)
     x *= _M1
     x ^= x >> np.uint64(27)
     x *= _M2
@@ -44,7 +45,9 @@ def bits(seed: int, stream: str, *counters) -> np.ndarray:
 
 def uniform(seed: int, stream: str, *counters) -> np.ndarray:
     """Return float64 in the open interval (0, 1), one per broadcast counter tuple."""
-    u = ((bits(seed, stream, *counters) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    u = (bits(seed, stream, *counters) >> np.uint64(11)).astype(np.float64)
+    u += 0.5
+    u *= 2.0**-53
     return np.minimum(u, 1.0 - 2.0**-53)  # the largest hash would round to 1
 
 

@@ -54,10 +54,10 @@ def choose_slots(
 def _split(score_BL: np.ndarray, n_in: np.ndarray, n_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the n_in lowest entries of each row, and the n_out that follow; (B, 1) numbers, bool (B, L) both."""
     # Sorting values is many times quicker than sorting places: entries are compared with the last one taken.
-    ordered = np.concatenate([np.full((len(score_BL), 1), -np.inf), np.sort(score_BL, axis=1)], 1)
-    upto = score_BL <= np.take_along_axis(ordered, n_in + n_out, 1)
-    first = score_BL <= np.take_along_axis(ordered, n_in, 1)
-    if int(upto.sum()) == int((n_in + n_out).sum()) and int(first.sum()) == int(n_in.sum()):
+    ordered, row, n = np.sort(score_BL, axis=1), np.arange(len(score_BL))[:, None], np.concatenate([n_in, n_in + n_out], 1)
+    last = np.where(n > 0, ordered[row, n - 1], -np.inf)
+    first, upto = score_BL <= last[:, :1], score_BL <= last[:, 1:]
+    if (np.count_nonzero(first), np.count_nonzero(upto)) == tuple(n.sum(0)):
         return first, upto & ~first
     rank = _rank(score_BL)  # equal entries: the earlier one comes first
     return rank < n_in, (rank >= n_in) & (rank < n_in + n_out)
