@@ -19,11 +19,12 @@ _M2 = np.uint64(0x94D049BB133111EB)
 
 def _mix(x: np.ndarray) -> np.ndarray:
     """Return the mixed words, in the array that was given: callers own it."""
-    x ^= x >> np.uint64(30)
+    shifted = np.empty_like(x)  # one, as fresh memory costs more than the arithmetic
+    x ^= np.right_shift(x, np.uint64(30), out=shifted)
     x *= _M1
-    x ^= x >> np.uint64(27)
+    x ^= np.right_shift(x, np.uint64(27), out=shifted)
     x *= _M2
-    x ^= x >> np.uint64(31)
+    x ^= np.right_shift(x, np.uint64(31), out=shifted)
     return x
 
 
@@ -39,13 +40,16 @@ def bits(seed: int, stream: str, *counters) -> np.ndarray:
         state = _start(seed, stream)
         for counter in counters:
             state = _mix(state ^ _mix(np.asarray(counter).astype(np.uint64) + _GOLDEN))
-            state = _mix(state + _GOLDEN)
+            state += _GOLDEN
+            state = _mix(state)
     return state
 
 
 def uniform(seed: int, stream: str, *counters) -> np.ndarray:
     """Return float64 in the open interval (0, 1), one per broadcast counter tuple."""
-    u = (bits(seed, stream, *counters) >> np.uint64(11)).astype(np.float64)
+    word = bits(seed, stream, *counters)
+    word >>= np.uint64(11)
+    u = word.astype(np.float64)
     u += 0.5
     u *= 2.0**-53
     return np.minimum(u, 1.0 - 2.0**-53)  # the largest hash would round to 1

@@ -19,8 +19,8 @@ class _Column:
 
     def __init__(self, spec: TokenSpec, split: Split):
         self.spec, self.split, self.member = spec, split, f"{spec.modality}.npy"
-        self.maps = [np.frombuffer(s.map, dtype=np.uint8) for s in split.shards]
-        parts = [self._open(shard, data) for shard, data in zip(split.shards, self.maps, strict=True)]
+        self.maps = [s.map for s in split.shards]
+        parts = [self._open(shard, np.frombuffer(shard.map, dtype=np.uint8)) for shard in split.shards]
         self.offset_N = np.concatenate([p[0] for p in parts])
         self.length_N = np.concatenate([p[1] for p in parts])
         self.shard_N = np.repeat(np.arange(len(parts)), [len(p[0]) for p in parts])
@@ -69,15 +69,17 @@ class _Column:
 
     def read(self, index_B: np.ndarray, variant_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (ids (B, slots) int64, zeros beyond a text's end, length (B,))."""
-        spec, dtype = self.spec, self.spec.dtype
-        item = dtype.itemsize
+        spec, item = self.spec, self.spec.dtype.itemsize
         length = self.length_N[index_B]
         at = self.offset_N[index_B] + variant_B % spec.variants * (spec.slots * item if spec.kind != "sequence" else 0)
-        out = np.zeros((len(index_B), spec.slots), dtype=np.int64)
-        places = zip(self.shard_N[index_B].tolist(), at.tolist(), length.tolist(), strict=True)
-        for row, (shard, first, n) in zip(out, places, strict=True):
-            row[:n] = self.maps[shard][first : first + n * item].view(dtype)
-        if int(out.max(initial=0)) >= spec.vocab_size:
+        maps, places = self.maps, zip(self.shard_N[index_B].tolist(), at.tolist(), (at + length * item).tolist(), strict=True)
+        flat = np.frombuffer(b"".join([maps[shard][first:end] for shard, first, end in places]), dtype=spec.dtype)
+        if spec.kind == "sequence":
+            out = np.zeros((len(index_B), spec.slots), dtype=np.int64)
+            out[np.arange(spec.slots) < length[:, None]] = flat
+        else:
+            out = flat.reshape(-1, spec.slots).astype(np.int64)
+        if int(flat.max(initial=0)) >= spec.vocab_size:
             bad = int(np.argmax((out >= spec.vocab_size).any(1)))
             key = self.split.keys[int(index_B[bad])]
             spec.check_ids(out[bad], f"{self.split.folder}, sample '{key}'")

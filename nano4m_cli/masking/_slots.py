@@ -32,7 +32,7 @@ def choose_slots(
         return slot < n_in, (slot >= n_in) & (slot < n_in + n_out)
     noise = uniform(key.seed, key.stream + "/slot", key.counter_B[:, None], slot)
     if pattern == "random":
-        return _split(np.where(inside, noise, np.inf), n_in, n_out)
+        return _split(noise if inside.all() else np.where(inside, noise, np.inf), n_in, n_out)
     u = uniform(key.seed, key.stream + "/at", key.counter_B)
     if pattern == "span":
         q = spec.codebooks
