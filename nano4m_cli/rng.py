@@ -8,6 +8,7 @@ worker gets the same numbers for the same sample.
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 
@@ -17,25 +18,40 @@ _M2 = np.uint64(0x94D049BB133111EB)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * _M1
-    x = (x ^ (x >> np.uint64(27))) * _M2
-    return x ^ (x >> np.uint64(31))
+    """Return the mixed words, in the array that was given: callers own it."""
+    shifted = np.empty_like(x)  # one, as fresh memory costs more than the arithmetic
+    x ^= np.right_shift(x, np.uint64(30), out=shifted)
+    x *= _M1
+    x ^= np.right_shift(x, np.uint64(27), out=shifted)
+    x *= _M2
+    x ^= np.right_shift(x, np.uint64(31), out=shifted)
+    return x
+
+
+@lru_cache(maxsize=4096)
+def _start(seed: int, stream: str) -> np.uint64:
+    word = int.from_bytes(hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest(), "little")
+    return _mix(np.uint64(word) + _GOLDEN)
 
 
 def bits(seed: int, stream: str, *counters) -> np.ndarray:
     """Return uint64 hashes of the broadcast counters (non-negative integers or integer arrays)."""
-    word = int.from_bytes(hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest(), "little")
     with np.errstate(over="ignore"):
-        state = _mix(np.asarray(word, dtype=np.uint64) + _GOLDEN)
+        state = _start(seed, stream)
         for counter in counters:
             state = _mix(state ^ _mix(np.asarray(counter).astype(np.uint64) + _GOLDEN))
-            state = _mix(state + _GOLDEN)
+            state += _GOLDEN
+            state = _mix(state)
     return state
 
 
 def uniform(seed: int, stream: str, *counters) -> np.ndarray:
     """Return float64 in the open interval (0, 1), one per broadcast counter tuple."""
-    u = ((bits(seed, stream, *counters) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    word = bits(seed, stream, *counters)
+    word >>= np.uint64(11)
+    u = word.astype(np.float64)
+    u += 0.5
+    u *= 2.0**-53
     return np.minimum(u, 1.0 - 2.0**-53)  # the largest hash would round to 1
 
 
@@ -56,13 +72,24 @@ def log_gamma_variates(alpha: np.ndarray, seed: int, stream: str, *counters) -> 
     small = alpha < 1.0
     d = np.where(small, alpha + 1.0, alpha) - 1.0 / 3.0
     c = 1.0 / np.sqrt(9.0 * d)
-    rounds = np.arange(24).reshape(-1, *([1] * len(shape)))
-    x = normal(seed, stream + "/x", *counters, rounds)
-    v = (1.0 + c * x) ** 3
-    logv = np.log(np.maximum(v, 1e-300))
-    accept = (v > 0) & (np.log(uniform(seed, stream + "/u", *counters, rounds)) < 0.5 * x**2 + d - d * v + d * logv)
-    first = np.argmax(accept, axis=0)[None]
-    value = np.log(d) + np.take_along_axis(np.broadcast_to(logv, (24, *shape)), first, 0)[0]
+    for first in range(0, 24, 4):  # one in twenty proposals is refused: the first four are nearly always enough
+        rounds = np.arange(first, first + 4).reshape(-1, *([1] * len(shape)))
+        x = normal(seed, stream + "/x", *counters, rounds)
+        v = (1.0 + c * x) ** 3
+        logv = np.log(np.maximum(v, 1e-300))
+        accept = (v > 0) & (np.log(uniform(seed, stream + "/u", *counters, rounds)) < 0.5 * x**2 + d - d * v + d * logv)
+        found = np.broadcast_to(logv, (4, *shape))
+        found = np.take_along_axis(found, np.argmax(accept, axis=0)[None], 0)[0]
+        now = accept.any(0)
+        if first == 0:
+            kept, done = found, now  # of one that is never accepted, the first
+        else:
+            kept, done = np.where(now & ~done, found, kept), done | now
+        if done.all():
+            break
+    value = np.log(d) + kept
+    if not small.any():
+        return value
     boost = np.log(uniform(seed, stream + "/boost", *counters)) / np.where(small, alpha, 1.0)
     return value + np.where(small, boost, 0.0)
 

@@ -19,8 +19,8 @@ class _Column:
 
     def __init__(self, spec: TokenSpec, split: Split):
         self.spec, self.split, self.member = spec, split, f"{spec.modality}.npy"
-        self.maps = [np.frombuffer(s.map, dtype=np.uint8) for s in split.shards]
-        parts = [self._open(shard, data) for shard, data in zip(split.shards, self.maps, strict=True)]
+        self.maps = [s.map for s in split.shards]
+        parts = [self._open(shard, np.frombuffer(shard.map, dtype=np.uint8)) for shard in split.shards]
         self.offset_N = np.concatenate([p[0] for p in parts])
         self.length_N = np.concatenate([p[1] for p in parts])
         self.shard_N = np.repeat(np.arange(len(parts)), [len(p[0]) for p in parts])
@@ -71,18 +71,15 @@ class _Column:
         """Return (ids (B, slots) int64, zeros beyond a text's end, length (B,))."""
         spec, item = self.spec, self.spec.dtype.itemsize
         length = self.length_N[index_B]
-        width = int(length.max(initial=0))
         at = self.offset_N[index_B] + variant_B % spec.variants * (spec.slots * item if spec.kind != "sequence" else 0)
-        out = np.zeros((len(index_B), spec.slots), dtype=np.int64)
-        step = np.arange(width * item)
-        for s in np.unique(self.shard_N[index_B]):
-            rows = np.flatnonzero(self.shard_N[index_B] == s)
-            data = self.maps[s]
-            raw = data[np.minimum(at[rows, None] + step, len(data) - 1)]
-            out[rows, :width] = np.ascontiguousarray(raw).view(spec.dtype)
+        maps, places = self.maps, zip(self.shard_N[index_B].tolist(), at.tolist(), (at + length * item).tolist(), strict=True)
+        flat = np.frombuffer(b"".join([maps[shard][first:end] for shard, first, end in places]), dtype=spec.dtype)
         if spec.kind == "sequence":
-            out[np.arange(spec.slots) >= length[:, None]] = 0
-        if int(out.max(initial=0)) >= spec.vocab_size:
+            out = np.zeros((len(index_B), spec.slots), dtype=np.int64)
+            out[np.arange(spec.slots) < length[:, None]] = flat
+        else:
+            out = flat.reshape(-1, spec.slots).astype(np.int64)
+        if int(flat.max(initial=0)) >= spec.vocab_size:
             bad = int(np.argmax((out >= spec.vocab_size).any(1)))
             key = self.split.keys[int(index_B[bad])]
             spec.check_ids(out[bad], f"{self.split.folder}, sample '{key}'")

@@ -96,31 +96,28 @@ def pack(
         answers: (ids_AC, context_A) where the decoder's samples are not the encoder's: `asked_BC` then has A rows,
             decoder row a answers for encoder row context_A[a].
     """
-    b = ids_BC.shape[0]
-    if registers:
-        shown = np.concatenate([np.ones((b, registers), dtype=bool), shown_BC], 1)
-        row, col = np.nonzero(shown)
-        col = col - registers
-        enc_ids = np.where(col >= 0, ids_BC[row, np.maximum(col, 0)], 0)
-        enc_col = np.maximum(col, -1)
-    else:
-        row, enc_col = np.nonzero(shown_BC)
-        enc_ids = ids_BC[row, enc_col]
-    lengths = np.bincount(row, minlength=b)
+    b, m = len(ids_BC), len(layout.specs)
+    place, row, col = _chosen(shown_BC)
+    at = np.arange(len(row)) + (row + 1) * registers
+    enc_ids, enc_col = np.zeros(len(row) + b * registers, dtype=np.int64), np.full(len(row) + b * registers, -1)
+    enc_ids[at], enc_col[at] = ids_BC.reshape(-1)[place], col
+    lengths = np.bincount(row, minlength=b) + registers
 
     dec_source, context = (ids_BC, None) if answers is None else answers
-    arow, acol = np.nonzero(asked_BC)
-    before = np.where(layout.sequence_C[acol], acol - layout.start[layout.modality_C[acol]], 0)
-    prev = np.where(before > 0, dec_source[arow, np.maximum(acol - 1, 0)], -1)
-    per_modality = np.add.reduceat(asked_BC.astype(np.int64), layout.start[:-1], axis=1)  # (A, M)
+    place, arow, acol = _chosen(asked_BC)
+    dec_flat = dec_source.reshape(-1)
+    begins = ~layout.sequence_C  # columns with no id before them
+    begins[layout.start[:-1]] = True
+    prev = np.where(begins[acol], -1, dec_flat[np.maximum(place - 1, 0)])
+    per_modality = np.bincount(arow * m + layout.modality_C[acol], minlength=len(asked_BC) * m).reshape(-1, m)  # (A, M)
     run_row, run_m = np.nonzero(per_modality)
-    group_T = layout.group_C[acol]
-    order = np.argsort(group_T, kind="stable")
+    group_T = layout.group_C.astype(np.int16)[acol]
+    order = np.argsort(group_T, kind="stable")  # of 16 bits: a radix sort
     edges = np.searchsorted(group_T[order], np.arange(len(layout.groups) + 1))
     as_tensor = lambda x: torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64))  # noqa: E731
     return Packed(
         enc_ids=as_tensor(enc_ids), enc_col=as_tensor(enc_col), enc=Ragged.of(lengths),
-        dec_ids=as_tensor(dec_source[arow, acol]), dec_col=as_tensor(acol), dec_prev=as_tensor(prev),
+        dec_ids=as_tensor(dec_flat[place]), dec_col=as_tensor(acol), dec_prev=as_tensor(prev),
         dec=Ragged.of(per_modality.sum(1)), dec_self=Ragged.of(per_modality[run_row, run_m]),
         dec_causal=torch.from_numpy(np.array([s.kind == "sequence" for s in layout.specs])[run_m]),
         group_index=tuple(
@@ -128,6 +125,13 @@ def pack(
         ),
         dec_context=None if context is None else as_tensor(context),
     )
+
+
+def _chosen(x_BC: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return where entries are true: place in the flat array, row, column (several times quicker than np.nonzero of it)."""
+    place = np.flatnonzero(x_BC)
+    row = place // x_BC.shape[1]
+    return place, row, place - row * x_BC.shape[1]
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class FourMTask:
         ids, length = data.read(index, variant)
         shown, asked = self.mixture.draw(length, key)
         answers = torch.from_numpy(np.add.reduceat(asked.sum(0), self.layout.start[:-1]).astype(np.float32))
-        rows = np.array_split(np.arange(len(index)), parts)
+        rows = [slice(r[0], r[-1] + 1) for r in np.array_split(np.arange(len(index)), parts)]
         registers = self.model.config.registers
         return [Part(pack(self.layout, ids[r], shown[r], asked[r], registers), answers) for r in rows]
 
