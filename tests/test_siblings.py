@@ -56,10 +56,10 @@ def plain_gpt(model, ids, cols):
     for n in range(len(cols)):
         x = []
         for t in range(n + 1):
-            told = model.begin[0] if t == 0 else model.embed(torch.tensor([start[LAYOUT.group_C[cols[t - 1]]] + ids[t - 1]]))[0]
+            told = model.unknown[0] if t == 0 else model.embed(torch.tensor([start[LAYOUT.group_C[cols[t - 1]]] + ids[t - 1]]))[0]
             x.append(told + model.modality[LAYOUT.modality_C[cols[t]]] + model.position[cols[t]])
         x = torch.stack(x)
-        for block in model.decoder:
+        for block in model.blocks:
             h = block.norm1(x)
             q = block.attn.q_norm(block.attn.q(h).view(n + 1, c.heads, -1))
             k, v = block.attn.kv(h).chunk(2, -1)

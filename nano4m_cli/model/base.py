@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nano4m_cli.config import Config
 from nano4m_cli.model.batch import Packed
-from nano4m_cli.model.layers import Norm, TokenTable
+from nano4m_cli.model.layers import Block, Norm, TokenTable, make_norm, position_table
 from nano4m_cli.spec import Layout
 
 
@@ -144,3 +144,29 @@ class TokenModel(nn.Module, ABC):
         zero = torch.zeros(len(self.layout.specs), device=modality.device)
         total = zero.index_add(0, modality, self.nll(batch))
         return total, zero.index_add(0, modality, torch.ones_like(modality, dtype=zero.dtype))
+
+
+class Stack(TokenModel):
+    """A model of one stack of blocks: `unknown` (1, D) stands where there is no token to be read."""
+
+    def __init__(self, config: StackConfig, layout: Layout):
+        super().__init__()
+        config = config.with_backend()
+        self.config, self.layout = config, layout
+        d, m = config.width, len(layout.specs)
+        self.embed = TokenTable(layout, d, 0.5)
+        self.modality = nn.Parameter(torch.randn(m, d) * 0.02)
+        self.unknown = nn.Parameter(torch.randn(1, d) * 0.5)
+        table = position_table(layout, d)
+        if config.positions == "learned":
+            self.position = nn.Parameter(table)
+        else:
+            self.register_buffer("position", table, persistent=False)
+        self.blocks = nn.ModuleList([Block(config, config.layers, False) for _ in range(config.layers)])
+        self.norm = make_norm(config.norm, d)
+        self.head = TokenTable(layout, d, d**-0.5 * 0.5)
+        self._columns(layout)
+
+    def slots(self, col_T: Tensor) -> Tensor:
+        """Return (T, D): the modality and position of slots."""
+        return F.embedding(self.modality_C[col_T], self.modality) + F.embedding(col_T, self.position)

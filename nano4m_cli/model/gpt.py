@@ -10,38 +10,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nano4m_cli.model.attention import Cache, Mask
-from nano4m_cli.model.base import StackConfig, TokenModel
+from nano4m_cli.model.base import Stack
 from nano4m_cli.model.batch import Merged, Packed, merged
-from nano4m_cli.model.layers import Block, TokenTable, make_norm, position_table
-from nano4m_cli.spec import Layout
 
 
-class GPT(TokenModel):
+class GPT(Stack):
     """Args: the config, and the layout of the modalities it reads, in that order."""
 
     at_once = False
-
-    def __init__(self, config: StackConfig, layout: Layout):
-        super().__init__()
-        config = config.with_backend()
-        self.config, self.layout = config, layout
-        d, m = config.width, len(layout.specs)
-        self.embed = TokenTable(layout, d, 0.5)
-        self.modality = nn.Parameter(torch.randn(m, d) * 0.02)
-        self.begin = nn.Parameter(torch.randn(1, d) * 0.5)
-        table = position_table(layout, d)
-        if config.positions == "learned":
-            self.position = nn.Parameter(table)
-        else:
-            self.register_buffer("position", table, persistent=False)
-        self.decoder = nn.ModuleList([Block(config, config.layers, False) for _ in range(config.layers)])
-        self.norm = make_norm(config.norm, d)
-        self.head = TokenTable(layout, d, d**-0.5 * 0.5)
-        self._columns(layout)
 
     def reads(self, sources: Sequence[str], target: str) -> bool:
         names = self.layout.names
@@ -52,21 +31,17 @@ class GPT(TokenModel):
         names = self.layout.names
         return {"+".join(names[:m]) + "->" + target: 1.0 for m, target in enumerate(names)}
 
-    def _slots(self, col_T: Tensor) -> Tensor:
-        """Return (T, D): what is said of the slots to be predicted."""
-        return F.embedding(self.modality_C[col_T], self.modality) + F.embedding(col_T, self.position)
-
     def _inputs(self, m: Merged) -> Tensor:
-        x = torch.cat([self.begin, self.embed((self.vocab_C[m.col] + m.ids)[:-1])])
+        x = torch.cat([self.unknown, self.embed((self.vocab_C[m.col] + m.ids)[:-1])])
         first = m.rows.lengths.cumsum(0) - m.rows.lengths
         first = first[m.rows.lengths > 0]
-        x = x.index_copy(0, first, self.begin.expand(len(first), -1).to(x.dtype))
-        return x + self._slots(m.col)
+        x = x.index_copy(0, first, self.unknown.expand(len(first), -1).to(x.dtype))
+        return x + self.slots(m.col)
 
     def _read(self, m: Merged, caches: list[Cache] | None = None) -> Tensor:
         causal = torch.ones(m.rows.rows, dtype=torch.bool, device=m.col.device)
         mask, x = Mask(m.rows, m.rows, causal=causal), self._inputs(m)
-        for i, block in enumerate(self.decoder):
+        for i, block in enumerate(self.blocks):
             x = block(x, mask, cache=None if caches is None else caches[i])
         return self.norm(x)
 
@@ -79,7 +54,7 @@ class GPT(TokenModel):
     def open(self, batch: Packed, length: int) -> list[Cache]:
         """Return each layer's cache, of `length` tokens a sample, after reading the asked tokens of a batch."""
         c = self.config
-        caches = [Cache.empty(batch.dec.rows, c.heads, length, c.head_width, self.begin) for _ in self.decoder]
+        caches = [Cache.empty(batch.dec.rows, c.heads, length, c.head_width, self.unknown) for _ in self.blocks]
         if len(batch.dec_ids):
             self._read(merged(batch), caches)
         return caches
@@ -94,8 +69,8 @@ class GPT(TokenModel):
         on = lambda x: torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)).to(self.device)  # noqa: E731
         ids, cols = on(before[0]), on(before[1])
         told = self.embed(self.vocab_C[cols.clamp_min(0)] + ids)
-        x = torch.where((cols >= 0)[:, None], told, self.begin) + self._slots(on(col_S))
+        x = torch.where((cols >= 0)[:, None], told, self.unknown) + self.slots(on(col_S))
         at = on(at_S)
-        for block, cache in zip(self.decoder, caches, strict=True):
+        for block, cache in zip(self.blocks, caches, strict=True):
             x = block.step(x, cache, at)
         return self.norm(x)

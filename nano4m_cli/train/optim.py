@@ -68,12 +68,12 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(model: nn.Module, c: TrainConfig) -> list[torch.optim.Optimizer]:
     """Return the optimizers of a config; each group carries its peak rate as "peak_lr".
 
-    Muon (Jordan et al. 2024) takes the matrices inside encoder and decoder; embeddings, heads, gains and projections
+    Muon (Jordan et al. 2024) takes the matrices inside encoder, decoder or stack; embeddings, heads, gains and projections
     at the borders stay with AdamW. Vectors are not decayed.
     """
     hidden, matrices, rest = [], [], []
     for name, p in model.named_parameters():
-        inner = name.split(".")[0] in ("encoder", "decoder")
+        inner = name.split(".")[0] in ("encoder", "decoder", "blocks")
         if p.ndim == 2 and inner and c.optimizer == "muon" and min(p.shape) > 16:
             hidden.append(p)
         elif p.ndim >= 2:
