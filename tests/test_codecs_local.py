@@ -338,7 +338,8 @@ def test_videos_become_grids_in_time_too(space, time, frames):
     assert back.shape == raw.shape and back.dtype == np.uint8 and back.std() > 5
     longer = scene(2, frames + 5, 64, 48)
     fitted, told = tokenizer.adapt(longer)
-    assert fitted.shape == raw.shape and "was cut, cropped and resized" in told and tokenizer.adapt(raw) == (raw, None)
+    assert fitted.shape == raw.shape and "was cut and cropped to its centre and resized" in told
+    assert tokenizer.adapt(raw) == (raw, None)
     short = tokenizer.adapt(raw[:1].repeat(max(frames - 2, 1), 0))[0]
     assert short.shape == raw.shape
 

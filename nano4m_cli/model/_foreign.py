@@ -6,36 +6,47 @@ renaming. They run on the same packed batches and the same attention as our mode
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
+from nano4m_cli.errors import WeightsError
 from nano4m_cli.model.attention import Mask, attend
-from nano4m_cli.model.base import TokenModel, TransformerConfig
+from nano4m_cli.model.base import PairConfig, TokenModel
 from nano4m_cli.model.batch import Packed, Ragged
 from nano4m_cli.spec import Layout
 
 
-class ForeignConfig(TransformerConfig):
-    """size: "d<layers>-<layers>w<width>", encoder and decoder. *_bias: which layers have one (norm_bias: the norms)."""
+class ForeignConfig(PairConfig):
+    """*_bias: which layers have one (norm_bias: the norms).
 
-    size: str = "d6-6w512"
+    modalities: by our names, in the order of the checkpoint's tables; vocab_sizes and lengths: of each of them there.
+    """
+
     qkv_bias: bool = False
     proj_bias: bool = False
     mlp_bias: bool = False
     norm_bias: bool = False
+    modalities: list[str] = []
+    vocab_sizes: list[int] = []
+    lengths: list[int] = []
 
-    @field_validator("size")
-    @classmethod
-    def _size(cls, v):
-        if not re.fullmatch(r"d\d+-\d+w\d+", v) or 0 in [int(n) for n in re.findall(r"\d+", v)]:
-            raise ValueError("a size reads d<encoder layers>-<decoder layers>w<width>, e.g. d6-6w512")
-        return v
+    @model_validator(mode="after")
+    def _lists(self) -> ForeignConfig:
+        if not len(self.modalities) == len(self.vocab_sizes) == len(self.lengths):
+            raise ValueError("modalities, vocab_sizes and lengths are of the same length")
+        return self
+
+    def table(self, modality: str) -> tuple[int, int]:
+        """Return ids and slots of a modality of the checkpoint; one that it lacks is a WeightsError."""
+        if modality not in self.modalities:
+            raise WeightsError(f"the checkpoint has no '{modality}'", f"it has {', '.join(self.modalities)}")
+        at = self.modalities.index(modality)
+        return self.vocab_sizes[at], self.lengths[at]
 
     @model_validator(mode="after")
     def _theirs(self) -> ForeignConfig:
@@ -158,9 +169,8 @@ class ForeignModel(TokenModel):
         super().__init__()
         self.config, self.layout = config.with_backend(), layout
         c = self.config
-        layers, more = c.numbers[:2]
-        self.encoder = nn.ModuleList([EncoderBlock(c) for _ in range(layers)])
-        self.decoder = nn.ModuleList([DecoderBlock(c) for _ in range(more)])
+        self.encoder = nn.ModuleList([EncoderBlock(c) for _ in range(c.encoder_layers)])
+        self.decoder = nn.ModuleList([DecoderBlock(c) for _ in range(c.decoder_layers)])
         self.enc_norm, self.dec_norm = _norm(c.width, c.norm_bias), _norm(c.width, c.norm_bias)
         self._columns(layout)
 
@@ -176,21 +186,26 @@ class ForeignModel(TokenModel):
 
     def encode(self, batch: Packed) -> Tensor:
         """Return the encoder's output; it may hold more tokens than the batch shows."""
+        return self._encoded(self.shown(batch))
+
+    def decode(self, batch: Packed, encoded: Tensor) -> Tensor:
+        """Return the decoder's output (Td, D), given the encoder's."""
+        return self._decoded(batch, self.shown(batch), encoded)
+
+    def answers(self, batch: Packed) -> Tensor:
         shown = self.shown(batch)
+        return self._decoded(batch, shown, self._encoded(shown))
+
+    def _encoded(self, shown: Shown) -> Tensor:
         x, mask = shown.x, Mask(shown.rows, shown.rows)
         for block in self.encoder:
             x = block(x, mask)
         return self.enc_norm(x)
 
-    def decode(self, batch: Packed, encoded: Tensor) -> Tensor:
-        """Return the decoder's output (Td, D), given the encoder's."""
-        shown = self.shown(batch)
+    def _decoded(self, batch: Packed, shown: Shown, encoded: Tensor) -> Tensor:
         context = self.context(encoded) + shown.again
         y, own = self.asked(batch)
         cross = Mask(batch.dec, shown.rows, k_row=batch.dec_context)
         for block in self.decoder:
             y = block(y, own, context, cross)
         return self.dec_norm(y)
-
-    def answers(self, batch: Packed) -> Tensor:
-        return self.decode(batch, self.encode(batch))

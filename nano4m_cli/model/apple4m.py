@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from nano4m_cli.errors import WeightsError
@@ -25,32 +25,21 @@ from nano4m_cli.spec import Layout, TokenSpec
 
 
 class AppleConfig(ForeignConfig):
-    """modalities: by our names; vocab_sizes and lengths: of each of them in the checkpoint; texts: which of them are text.
+    """texts: which of the modalities are text.
 
     sentinel, eos: ids of [S_1] and [EOS]. registers: learned tokens before the encoder's input.
     """
 
-    modalities: list[str] = []
-    vocab_sizes: list[int] = []
-    lengths: list[int] = []
     texts: list[str] = []
     registers: int = Field(0, ge=0)
     sentinel: int = Field(5, ge=0)
     eos: int = Field(3, ge=0)
 
-    @model_validator(mode="after")
-    def _lists(self) -> AppleConfig:
-        if not len(self.modalities) == len(self.vocab_sizes) == len(self.lengths):
-            raise ValueError("modalities, vocab_sizes and lengths are of the same length")
-        return self
-
     def check(self, specs: Sequence[TokenSpec]) -> None:
         """Raise WeightsError, which names the modality, unless tokens of these specs fit the tables."""
         for spec in specs:
             m, name = spec.modality, f"the checkpoint's '{spec.modality}'"
-            if m not in self.modalities:
-                raise WeightsError(f"the checkpoint has no '{m}'", f"it has {', '.join(self.modalities)}")
-            vocab, length = self.vocab_sizes[self.modalities.index(m)], self.lengths[self.modalities.index(m)]
+            vocab, length = self.table(m)
             text = m in self.texts
             if (spec.kind == "sequence") != text or spec.codebooks > 1:
                 raise WeightsError(f"{name} is {'text' if text else 'a picture'}, the data set's is of kind '{spec.kind}'")

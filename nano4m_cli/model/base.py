@@ -83,6 +83,27 @@ class StackConfig(TransformerConfig):
         return self.numbers[0]
 
 
+class PairConfig(TransformerConfig):
+    """size: "d<layers>-<layers>w<width>", e.g. "d6-6w512": 6 encoder and 6 decoder layers of width 512."""
+
+    size: str = "d6-6w512"
+
+    @field_validator("size")
+    @classmethod
+    def _size(cls, v):
+        if not re.fullmatch(r"d\d+-\d+w\d+", v) or 0 in [int(n) for n in re.findall(r"\d+", v)]:
+            raise ValueError("a size reads d<encoder layers>-<decoder layers>w<width>, e.g. d6-6w512")
+        return v
+
+    @property
+    def encoder_layers(self) -> int:
+        return self.numbers[0]
+
+    @property
+    def decoder_layers(self) -> int:
+        return self.numbers[1]
+
+
 class TokenModel(nn.Module, ABC):
     """A model over the modalities of a layout; subclasses have `head` and say how answers' vectors come about."""
 
@@ -99,6 +120,13 @@ class TokenModel(nn.Module, ABC):
         self.register_buffer("sequence_C", torch.from_numpy(layout.sequence_C), persistent=False)
         self.register_buffer("modality_C", torch.from_numpy(layout.modality_C), persistent=False)
         self.register_buffer("vocab_C", torch.from_numpy(layout.vocab_start[layout.group_C]), persistent=False)
+
+    def _positions(self, config: TransformerConfig, layout: Layout) -> None:
+        table = position_table(layout, config.width)
+        if config.positions == "learned":
+            self.position = nn.Parameter(table)
+        else:
+            self.register_buffer("position", table, persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -157,11 +185,7 @@ class Stack(TokenModel):
         self.embed = TokenTable(layout, d, 0.5)
         self.modality = nn.Parameter(torch.randn(m, d) * 0.02)
         self.unknown = nn.Parameter(torch.randn(1, d) * 0.5)
-        table = position_table(layout, d)
-        if config.positions == "learned":
-            self.position = nn.Parameter(table)
-        else:
-            self.register_buffer("position", table, persistent=False)
+        self._positions(config, layout)
         self.blocks = nn.ModuleList([Block(config, config.layers, False) for _ in range(config.layers)])
         self.norm = make_norm(config.norm, d)
         self.head = TokenTable(layout, d, d**-0.5 * 0.5)

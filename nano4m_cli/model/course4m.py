@@ -26,17 +26,12 @@ from nano4m_cli.spec import Layout, TokenSpec
 
 
 class CourseConfig(ForeignConfig):
-    """modalities: by our names, in the order of the checkpoint's tables; vocab_sizes and lengths: of each of them there.
-
-    vocab, places: rows of the tables of ids and of positions. sos, eos, pad: ids of text.
+    """vocab, places: rows of the tables of ids and of positions. sos, eos, pad: ids of text.
     softmax: over "all" ids of the table, as the original trains and publishes its losses, or over the modality's "own".
     Generation is always over the modality's own.
     """
 
     registers: ClassVar[int] = 0
-    modalities: list[str] = []
-    vocab_sizes: list[int] = []
-    lengths: list[int] = []
     vocab: int = Field(50304, ge=1)
     places: int = Field(512, ge=1)
     context_bias: bool = True
@@ -47,9 +42,7 @@ class CourseConfig(ForeignConfig):
     softmax: Literal["all", "own"] = "all"
 
     @model_validator(mode="after")
-    def _lists(self) -> CourseConfig:
-        if not len(self.modalities) == len(self.vocab_sizes) == len(self.lengths):
-            raise ValueError("modalities, vocab_sizes and lengths are of the same length")
+    def _room(self) -> CourseConfig:
         if max(self.vocab_sizes, default=0) > self.vocab or max(self.lengths, default=0) > self.places:
             raise ValueError("a modality has more ids than 'vocab' or more slots than 'places'")
         return self
@@ -58,9 +51,7 @@ class CourseConfig(ForeignConfig):
         """Raise WeightsError, which names the modality, unless tokens of these specs fit the tables."""
         for spec in specs:
             m, name = spec.modality, f"the checkpoint's '{spec.modality}'"
-            if m not in self.modalities:
-                raise WeightsError(f"the checkpoint has no '{m}'", f"it has {', '.join(self.modalities)}")
-            vocab, length = self.vocab_sizes[self.modalities.index(m)], self.lengths[self.modalities.index(m)]
+            vocab, length = self.table(m)
             ids = spec.vocab_size * spec.codebooks
             if spec.kind != "sequence":
                 if ids != vocab:
@@ -109,8 +100,7 @@ class Course4M(ForeignModel):
         for name, array in {"row_V": np.concatenate(rows), "place_C": slot_C + np.array(text)[layout.modality_C],
                             "theirs_C": theirs[layout.modality_C]}.items():
             self.register_buffer(name, torch.from_numpy(array), persistent=False)
-        self.texts = [(c.modalities.index(s.modality), c.lengths[c.modalities.index(s.modality)]) for s, t
-                      in zip(layout.specs, text, strict=True) if t]
+        self.texts = [(c.modalities.index(s.modality), c.table(s.modality)[1]) for s in layout.specs if s.kind == "sequence"]
 
     @property
     def notes(self) -> list[str]:

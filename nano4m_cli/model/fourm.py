@@ -7,32 +7,21 @@ sample, so that training and use pose the same question; registers make an empty
 
 from __future__ import annotations
 
-import re
-
 import torch
 import torch.nn.functional as F
 from pydantic import field_validator
 from torch import Tensor, nn
 
 from nano4m_cli.model.attention import Mask
-from nano4m_cli.model.base import TokenModel, TransformerConfig
+from nano4m_cli.model.base import PairConfig, TokenModel
 from nano4m_cli.model.batch import Packed
-from nano4m_cli.model.layers import Block, TokenTable, linear, make_norm, position_table
+from nano4m_cli.model.layers import Block, TokenTable, linear, make_norm
 from nano4m_cli.spec import Layout
 
 
-class FourMConfig(TransformerConfig):
-    """size: "d<layers>-<layers>w<width>", e.g. "d6-6w512": 6 encoder and 6 decoder layers of width 512."""
-
+class FourMConfig(PairConfig):
     size: str = "d3-3w128"
     registers: int = 1
-
-    @field_validator("size")
-    @classmethod
-    def _size(cls, v):
-        if not re.fullmatch(r"d\d+-\d+w\d+", v) or 0 in [int(n) for n in re.findall(r"\d+", v)]:
-            raise ValueError("a size reads d<encoder layers>-<decoder layers>w<width>, e.g. d6-6w512")
-        return v
 
     @field_validator("registers")
     @classmethod
@@ -40,14 +29,6 @@ class FourMConfig(TransformerConfig):
         if v < 0:
             raise ValueError("registers cannot be negative")
         return v
-
-    @property
-    def encoder_layers(self) -> int:
-        return self.numbers[0]
-
-    @property
-    def decoder_layers(self) -> int:
-        return self.numbers[1]
 
 
 class FourM(TokenModel):
@@ -69,11 +50,7 @@ class FourM(TokenModel):
         self.dec_modality = nn.Parameter(torch.randn(m, d) * 0.5)
         self.begin = nn.Parameter(torch.randn(m, d) * 0.5)
         self.register_tokens = nn.Parameter(torch.randn(max(config.registers, 1), d) * 0.5)
-        table = position_table(layout, d)
-        if config.positions == "learned":
-            self.position = nn.Parameter(table)
-        else:
-            self.register_buffer("position", table, persistent=False)
+        self._positions(config, layout)
         self.encoder = nn.ModuleList([Block(config, config.encoder_layers, False) for _ in range(config.encoder_layers)])
         self.decoder = nn.ModuleList([Block(config, config.decoder_layers, True) for _ in range(config.decoder_layers)])
         self.enc_norm, self.dec_norm = make_norm(config.norm, d), make_norm(config.norm, d)

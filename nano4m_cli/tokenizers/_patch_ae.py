@@ -15,8 +15,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from nano4m_cli.config import Config
+from nano4m_cli.tokenizers._base import GradientTokenizer
 from nano4m_cli.tokenizers._fsq import FSQ
 
 
@@ -92,3 +95,37 @@ class PatchAutoencoder(nn.Module):
         weight = 1.0 + emphasis * far
         square = error**2
         return (weight * (square + 0.3 * error.abs())).sum() / weight.sum(), square.mean() * self.scale**2
+
+
+class PatchOptions(Config):
+    """levels: FSQ levels. width, depth: of encoder and of decoder. emphasis: weight of what is far from the mean.
+    fit_samples, fit_steps: of fitting (None: the usual)."""
+
+    levels: tuple[int, ...] = (8, 8, 6, 5)
+    width: int = Field(128, ge=1)
+    depth: int = Field(2, ge=1)
+    emphasis: float = 2.0
+    encoder_mixing: bool = False
+    fit_samples: int
+    fit_steps: int | None = None
+
+    @field_validator("levels")
+    @classmethod
+    def _levels(cls, v):
+        if not v or min(v) < 2:
+            raise ValueError("every level must be at least 2")
+        return v
+
+
+class Patchwise(GradientTokenizer):
+    """A tokenizer whose module is a `PatchAutoencoder` and whose `data` are patches."""
+
+    options: PatchOptions
+    module: PatchAutoencoder
+
+    def loss(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, mse = self.module.loss(self.data[index], self.options.emphasis)
+        return loss, {"mse": mse}
+
+    def codes(self, index: Tensor) -> Tensor:
+        return self.module.encode(self.data[index])[1].reshape(-1, 1)

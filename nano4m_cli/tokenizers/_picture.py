@@ -46,3 +46,23 @@ def adapted(raw: np.ndarray, size: tuple[int, int], modality: str) -> tuple[np.n
         cols = left + ((np.arange(width) + 0.5) * cw / width).astype(int)
         out = raw[rows][:, cols]
     return out, f"{modality} of {w} x {h} was cropped to its centre and resized to {width} x {height}"
+
+
+def adapted_video(raw: np.ndarray, extent: tuple[int, ...], modality: str) -> tuple[np.ndarray, str | None]:
+    """Return a video (T, H, W, 3) at `extent` (frames, height, width), and what was done to it (None: nothing).
+
+    A longer one is cut after its first frames, a shorter one stands still at its end.
+    """
+    if raw.shape[:3] == tuple(extent):
+        return raw, None
+    picked = raw[np.minimum(np.arange(extent[0]), len(raw) - 1)]
+    out = np.stack([adapted(frame, extent[1:], modality)[0] for frame in picked])
+    did = ["cut" if len(raw) > len(out) else "continued by its last frame"] if len(raw) != len(out) else []
+    did += ["cropped to its centre and resized"] if raw.shape[1:3] != tuple(extent[1:]) else []
+    return out, f"{modality} of {told(raw.shape[:3])} was {' and '.join(did)} to {told(extent)}"
+
+
+def told(extent: tuple[int, ...]) -> str:
+    """Return (frames, height, width) as text."""
+    frames, height, width = extent
+    return f"{frames} frames of {width} x {height}"

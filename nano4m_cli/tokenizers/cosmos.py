@@ -24,7 +24,7 @@ from nano4m_cli.errors import ConfigError, MediaError, WeightsError
 from nano4m_cli.spec import TokenSpec
 from nano4m_cli.tokenizers._base import check_ids
 from nano4m_cli.tokenizers._local import Local
-from nano4m_cli.tokenizers._picture import adapted, check_picture
+from nano4m_cli.tokenizers._picture import adapted, adapted_video, check_picture
 from nano4m_cli.tokenizers._pretrained import WeightsOptions, first_line
 
 LEVELS = (8, 8, 8, 5, 5, 5)
@@ -143,12 +143,7 @@ class Tokenizer(Local):
     def adapt(self, raw: np.ndarray) -> tuple[np.ndarray, str | None]:
         if len(self.lattice) == 2:
             return adapted(raw, self.lattice, self.modality)
-        if raw.shape[:3] == self.lattice:
-            return raw, None
-        picked = raw[np.minimum(np.arange(self.lattice[0]), len(raw) - 1)]  # a shorter video stands still at its end
-        was, now = (" x ".join(map(str, s)) for s in (raw.shape[:3], self.lattice))
-        out = np.stack([adapted(f, self.lattice[1:], self.modality)[0] for f in picked])
-        return out, f"{self.modality} of {was} (frames x height x width) was cut, cropped and resized to {now}"
+        return adapted_video(raw, self.lattice, self.modality)
 
     def encode(self, raws: Sequence[np.ndarray], where: Sequence[str] | None = None) -> list[np.ndarray]:
         grid, out = self.grid, []

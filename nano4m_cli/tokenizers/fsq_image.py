@@ -10,36 +10,19 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from pydantic import field_validator
-from torch import Tensor
 
-from nano4m_cli.config import Config
 from nano4m_cli.spec import TokenSpec
 from nano4m_cli.tokenizers._base import check_ids
 from nano4m_cli.tokenizers._fitted_picture import FittedPicture
-from nano4m_cli.tokenizers._patch_ae import PatchAutoencoder
+from nano4m_cli.tokenizers._patch_ae import PatchAutoencoder, PatchOptions, Patchwise
 
 
-class Tokenizer(FittedPicture):
-    class Options(Config):
-        """patch: pixels per code, each way. levels: FSQ levels. width, depth: of encoder and of decoder.
-        emphasis: weight of what is far from the mean picture. fit_samples, fit_steps: of fitting (None: the usual)."""
+class Tokenizer(Patchwise, FittedPicture):
+    class Options(PatchOptions):
+        """patch: pixels per code, each way; the others are those of `PatchOptions`."""
 
         patch: int = 8
-        levels: tuple[int, ...] = (8, 8, 6, 5)
-        width: int = 128
-        depth: int = 2
-        emphasis: float = 2.0
-        encoder_mixing: bool = False
         fit_samples: int = 12_000
-        fit_steps: int | None = None
-
-        @field_validator("levels")
-        @classmethod
-        def _levels(cls, v):
-            if not v or min(v) < 2:
-                raise ValueError("every level must be at least 2")
-            return v
 
     name, cell = "fsq_image", "patch"
     train = {"steps": 450, "batch": 64, "lr": 3e-2, "optimizer": "muon", "muon_lr": 0.04, "warmup": 40}
@@ -94,10 +77,3 @@ class Tokenizer(FittedPicture):
     @property
     def effort(self) -> float:
         return 2.0 if self.form == "colour" else 1.0
-
-    def loss(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, mse = self.module.loss(self.data[index], self.options.emphasis)
-        return loss, {"mse": mse}
-
-    def codes(self, index: Tensor) -> Tensor:
-        return self.module.encode(self.data[index])[1].reshape(-1, 1)

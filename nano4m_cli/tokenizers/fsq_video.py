@@ -13,38 +13,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from nano4m_cli.config import Config
 from nano4m_cli.errors import ConfigError, MediaError
 from nano4m_cli.spec import TokenSpec
-from nano4m_cli.tokenizers._base import GradientTokenizer, check_ids
-from nano4m_cli.tokenizers._patch_ae import PatchAutoencoder
-from nano4m_cli.tokenizers._picture import adapted
+from nano4m_cli.tokenizers._base import check_ids
+from nano4m_cli.tokenizers._patch_ae import PatchAutoencoder, PatchOptions, Patchwise
+from nano4m_cli.tokenizers._picture import adapted_video, told
 
 
-class Tokenizer(GradientTokenizer):
-    class Options(Config):
-        """frames, patch: per code, in time and in each direction of the picture. levels: FSQ levels. width, depth: of
-        encoder and of decoder. emphasis: weight of what is far from the mean video. fit_samples, fit_steps: of fitting."""
+class Tokenizer(Patchwise):
+    class Options(PatchOptions):
+        """frames, patch: per code, in time and in each direction of the picture; the others are those of `PatchOptions`."""
 
         frames: int = Field(4, ge=1)
         patch: int = Field(8, ge=1)
-        levels: tuple[int, ...] = (8, 8, 6, 5)
-        width: int = Field(128, ge=1)
-        depth: int = Field(2, ge=1)
-        emphasis: float = 2.0
-        encoder_mixing: bool = False
         fit_samples: int = 6_000
-        fit_steps: int | None = None
-
-        @field_validator("levels")
-        @classmethod
-        def _levels(cls, v):
-            if not v or min(v) < 2:
-                raise ValueError("every level must be at least 2")
-            return v
 
     name = "fsq_video"
     train = {"steps": 900, "batch": 64, "lr": 3e-2, "optimizer": "muon", "muon_lr": 0.04, "warmup": 40}
@@ -57,7 +43,7 @@ class Tokenizer(GradientTokenizer):
         self.tubelet = (options.frames, options.patch, options.patch)
         if any(n % p for n, p in zip(self.extent, self.tubelet, strict=True)):
             raise ConfigError(
-                f"{modality}: videos of {_told(self.extent)} do not divide into tubelets of {_told(self.tubelet)}",
+                f"{modality}: videos of {told(self.extent)} do not divide into tubelets of {told(self.tubelet)}",
                 f"choose {modality}.frames as a divisor of the frames, {modality}.patch as one of height and width",
             )
         self.grid = tuple(n // p for n, p in zip(self.extent, self.tubelet, strict=True))
@@ -80,19 +66,13 @@ class Tokenizer(GradientTokenizer):
     def _check(self, raw: np.ndarray, where: str) -> None:
         if raw.dtype != np.uint8 or raw.shape != (*self.extent, 3):
             raise MediaError(
-                f"{where}: {self.modality} is {raw.dtype} of {_told(raw.shape[:3])}, "
-                f"this tokenizer takes uint8 of {_told(self.extent)}",
+                f"{where}: {self.modality} is {raw.dtype} of {told(raw.shape[:3])}, "
+                f"this tokenizer takes uint8 of {told(self.extent)}",
                 "fetch with the size and frames that the tokenizer was fitted on, or fit a new one",
             )
 
     def adapt(self, raw: np.ndarray) -> tuple[np.ndarray, str | None]:
-        if raw.shape[:3] == self.extent:
-            return raw, None
-        picked = raw[np.minimum(np.arange(self.extent[0]), len(raw) - 1)]
-        out = np.stack([adapted(frame, self.extent[1:], self.modality)[0] for frame in picked])
-        did = ["cut" if len(raw) > len(out) else "continued by its last frame"] if len(raw) != len(out) else []
-        did += ["cropped to its centre and resized"] if raw.shape[1:3] != self.extent[1:] else []
-        return out, f"{self.modality} of {_told(raw.shape[:3])} was {' and '.join(did)} to {_told(self.extent)}"
+        return adapted_video(raw, self.extent, self.modality)
 
     # -- ids ------------------------------------------------------------------------------------------------------
 
@@ -133,16 +113,3 @@ class Tokenizer(GradientTokenizer):
     def build(self, state: dict[str, Tensor]) -> None:
         o = self.options
         self.module = PatchAutoencoder(self.grid, math.prod(self.tubelet) * 3, o.levels, o.width, o.depth, o.encoder_mixing)
-
-    def loss(self, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, mse = self.module.loss(self.data[index], self.options.emphasis)
-        return loss, {"mse": mse}
-
-    def codes(self, index: Tensor) -> Tensor:
-        return self.module.encode(self.data[index])[1].reshape(-1, 1)
-
-
-def _told(lattice: Sequence[int]) -> str:
-    """Return (T, H, W) as text."""
-    frames, *size = lattice
-    return f"{frames} frames of {' x '.join(map(str, reversed(size)))}"

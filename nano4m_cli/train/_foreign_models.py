@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,7 +96,7 @@ def _sized(account: Account, where: tuple[str, str], d: int) -> str:
     return f"d{layers[0]}-{layers[1]}w{d}"
 
 
-class Foreign:
+class Foreign(ABC):
     """A checkpoint that is understood: `modalities` by our names, in its order; `convert` it for those of a layout.
 
     names: ours by theirs. sizes: ids and slots of each modality there. masking, loss_weights: of the run it becomes.
@@ -128,9 +129,9 @@ class Foreign:
             )
         return Layout(read_specs(dataset, chosen))
 
+    @abstractmethod
     def convert(self, layout: Layout) -> dict[str, Tensor]:
         """Return the state of our model over the layout; tensors that are missing or unknown are a WeightsError."""
-        raise NotImplementedError
 
     def _form(self, layout: Layout) -> TokenModel:
         with torch.device("meta"):  # names and shapes only
@@ -272,7 +273,7 @@ class Apple(_Theirs):
                                                                     for w in ("modality", "position")))}
         for spec in layout.specs:
             t = theirs[spec.modality]
-            length = self.config.lengths[self.config.modalities.index(spec.modality)]
+            _, length = self.config.table(spec.modality)
             table, (enc, dec) = (spec.vocab_size, d), _homes(t)
             tables["embed"].append(a.take(f"{enc}.token_emb.weight", "embed", table))
             for ours, home, other in (("enc", enc, dec), ("dec", dec, enc)):

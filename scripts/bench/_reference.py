@@ -1,4 +1,4 @@
-"""What the speed benches share: the reference configuration on made-up tokens, its FLOPs, and how figures are printed.
+"""What the speed benches share: the reference configuration on made-up tokens, and its FLOPs.
 
 The configuration is that of nano4M-Audio (cfgs/5mod.yaml with the masks that project trained with): d6-6w512; rgb 196 of
 16,384; depth and normal 196 of 8,192; audio 256 frames of 2 codebooks; captions of up to 64; both budgets uniform in [16, 256].
@@ -6,11 +6,6 @@ The configuration is that of nano4M-Audio (cfgs/5mod.yaml with the masks that pr
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import statistics
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,31 +77,3 @@ def useful_flops(layout: Layout, batch, width: int, encoder: int, decoder: int) 
     sizes = np.array([size for _, _, size in layout.groups])[layout.group_C]
     return forward_flops(width, encoder, decoder, batch.enc.lengths.numpy(), batch.dec.lengths.numpy(), float((runs**2).sum()),
                          float(sizes[batch.dec_col.numpy()].sum()))
-
-
-def figure(name: str, values: Sequence[float], unit: str) -> dict:
-    """Return the median of some rounds with the lowest and highest."""
-    return {"name": name, "value": statistics.median(values), "unit": unit, "low": min(values), "high": max(values)}
-
-
-def show(bench: str, figures: list[dict], as_json: bool) -> None:
-    """Print figures as a table, or as the one JSON document."""
-    if as_json:
-        machine = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
-        print(json.dumps({"bench": bench, "machine": machine, "commit": _commit(), "figures": figures}))
-        return
-    print(f"{'figure':28} {'median':>10} {'lowest':>10} {'highest':>10}  unit")
-    for f in figures:
-        print(f"{f['name']:28} {f['value']:10.4g} {f['low']:10.4g} {f['high']:10.4g}  {f['unit']}")
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    return done.stdout.strip() or None

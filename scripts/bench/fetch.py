@@ -11,11 +11,7 @@ and half FLAC, two clips each. Pictures: 640 x 480 JPEG. Samples: 5 s of sound a
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+from _figures import document, figure
 from PIL import Image
 
 from nano4m_cli.data._atomic import write_json
@@ -58,13 +55,9 @@ def main() -> None:
     for kind, rows in seen.items():
         named = (("samples_per_s_per_core", "samples/s", 0), ("look_share", "of the time", 1))
         for name, unit, column in named:
-            values = [row[column] for row in rows]
-            figures.append({"name": f"{kind}_{name}", "value": statistics.median(values), "unit": unit, "low": min(values),
-                            "high": max(values)})
+            figures.append(figure(f"{kind}_{name}", [row[column] for row in rows], unit))
     if args.json:
-        machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-        print(json.dumps({"bench": "fetch", "machine": machine, "commit": commit.stdout.strip() or None, "figures": figures}))
+        document("fetch", figures)
         return
     print(f"{'files':8} {'samples/s/core':>14} {'spread':>15}   looking first")
     for kind, rows in seen.items():

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import webdataset as wds
-from _reference import SPECS, figure, make_tokens, reference_config, show
+from _figures import figure, show
+from _reference import SPECS, make_tokens, reference_config
 
 from nano4m_cli.data.shards import shard_paths
 from nano4m_cli.data.workspace import DatasetFolder, Workspace

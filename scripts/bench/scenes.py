@@ -6,14 +6,11 @@ python scripts/bench/scenes.py [--json] [--quick]
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
+
+from _figures import document, figure
 
 from nano4m_cli.data.sources.scenes import Source, encode, raw_scene
 
@@ -42,35 +39,14 @@ def main() -> None:
                 rates[name].append(scenes / (time.process_time() - start))
             for member in made[0].members:
                 sizes[name][member] = statistics.mean(len(s.members[member]) for s in made)
-    figures = [
-        {"name": n, "value": statistics.median(r), "unit": "scenes/s", "low": min(r), "high": max(r)}
-        for n, r in rates.items()
-    ]
+    figures = [figure(n, r, "scenes/s") for n, r in rates.items()]
     if args.json:
-        machine = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
-        print(json.dumps({"bench": "scenes", "machine": machine, "commit": _commit(), "figures": figures}))
+        document("scenes", figures)
         return
     print(f"{'size':>4} {'supersample':>11} {'scenes/s/core':>13} {'spread':>13}   mean bytes")
     for (name, size, factor), f in zip(SETUPS, figures, strict=True):
         parts = " ".join(f"{m.split('.')[0]} {b:.0f}" for m, b in sizes[name].items())
         print(f"{size:>4} {factor:>11} {f['value']:>13.0f} {f['low']:>6.0f}-{f['high']:<6.0f}   {parts}")
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [l.split(":", 1)[1].strip() for l in info.read_text().splitlines() if l.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return done.stdout.strip() or None
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-from _reference import figure, make_tokens, reference_config, show, useful_flops
+from _figures import figure, show
+from _reference import make_tokens, reference_config, useful_flops
 
 from nano4m_cli.train.loop import Trainer
 from nano4m_cli.train.run import prepare

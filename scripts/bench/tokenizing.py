@@ -9,17 +9,14 @@ workspace it is the only row.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from _figures import document, figure
 
 from nano4m_cli.data._atomic import atomic_folder, write_json
 from nano4m_cli.data.shards import npy, shard_name, write_shard
@@ -66,12 +63,9 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     for m, times in seen.items():
         rates, shares = [rows[m][2] / sum(r) for r in times], [r[1] / sum(r) for r in times]
         for name, unit, values in (("samples_per_s_per_core", "samples/s", rates), ("encode_share", "of the time", shares)):
-            figures.append({"name": f"{m}_{name}", "value": statistics.median(values), "unit": unit, "low": min(values),
-                            "high": max(values)})
+            figures.append(figure(f"{m}_{name}", values, unit))
     if args.json:
-        machine = {"cpu": platform.processor(), "cores": os.cpu_count(), "python": platform.python_version()}
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        print(json.dumps({"bench": "tokenizing", "machine": machine, "commit": commit, "figures": figures}))
+        document("tokenizing", figures)
         return
     print(f"{dataset.name if dataset else 'no data set'}, one core")
     print(f"{'modality':10} {'tokenizer':10} {'samples/s':>9} {'spread':>13}   read  encode  write")

@@ -30,8 +30,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _figures import figure, show
 from _padded import VOCAB, Padded4M, PaddedBatch, pad, shared_ids
-from _reference import BUDGET, figure, make_tokens, reference_config, show, useful_flops
+from _reference import BUDGET, make_tokens, reference_config, useful_flops
 from torch import nn
 
 from nano4m_cli.compute import multiplies_bf16
@@ -172,7 +173,7 @@ class Bench:
         figures += [
             figure("gemm_share_fp32", per(per(flops, ours), peak), "of peak"),
             figure("gemm_peak_fp32", [p / 1e9 for p in peak], "GFLOP/s"),
-            figure("peak_memory_ratio", [memory["padded"] / memory[OURS]], "x"),
+            figure("peak_memory_ratio", [memory[OURS] / memory["padded"]], "of padded"),
             *(figure(f"peak_memory_{name}", [gib], "GiB") for name, gib in (("padded", memory["padded"]), ("ours", memory[OURS]))),
             figure("useful_tokens_per_s", per(tokens, ours), "tokens/s"),
             figure("padded_useful_tokens_per_s", per(tokens, base), "tokens/s"),
