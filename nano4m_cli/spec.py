@@ -137,11 +137,16 @@ class Layout:
         self.modality_C = np.repeat(np.arange(len(specs)), [s.slots for s in specs])
         self.position_C3 = np.concatenate([s.positions() for s in specs])
         self.groups = [(m, q, s.vocab_size) for m, s in enumerate(specs) for q in range(s.codebooks)]
-        self.vocab_start = np.cumsum([0] + [v for _, _, v in self.groups])
+        self.vocab_start = np.cumsum([0, *self.sizes])
         first = np.cumsum([0] + [s.codebooks for s in specs])
         book_C = np.where([specs[m].kind == "codes" for m in self.modality_C], self.position_C3[:, 1], 0)
         self.group_C = first[self.modality_C] + book_C
         self.sequence_C = np.array([specs[m].kind == "sequence" for m in self.modality_C])
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each group."""
+        return [size for _, _, size in self.groups]
 
     def slice(self, name: str) -> slice:
         """Return the columns of a modality."""

@@ -13,7 +13,8 @@ from nano4m_cli.errors import ConfigError
 from nano4m_cli.model.attention import BACKENDS, Mask, attend
 from nano4m_cli.model.batch import Ragged, pack
 from nano4m_cli.model.fourm import FourM, FourMConfig
-from nano4m_cli.model.layers import TokenTable, position_table
+from nano4m_cli.model.layers import MLP, TokenTable, position_table
+from nano4m_cli.model.nll import grouped_nll
 from nano4m_cli.spec import Layout, TokenSpec
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -632,3 +633,59 @@ def test_gradients_are_the_same_bits_however_threads_race(layout, sample, option
     assert len(seen[0]) > 20 and all(float(g.abs().max()) > 0 for n, g in seen[0].items() if "key" not in n)
     for other in seen[1:]:
         assert [n for n in seen[0] if not torch.equal(seen[0][n], other[n])] == []
+
+
+# -- what is written out instead of left to autograd ------------------------------------------------------------------
+
+
+def nll_plainly(h, weight, ids, group_index, sizes):
+    out = torch.zeros(len(h), dtype=torch.float32)
+    for index, rows in zip(group_index, weight.split(sizes), strict=True):
+        if index is not None:
+            loss = F.cross_entropy(F.linear(h[index], rows).float(), ids[index], reduction="none")
+            out = out.index_copy(0, index, loss)
+    return out
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_grouped_nll_and_its_gradients_equal_plain_cross_entropies(bf16):
+    draw = torch.Generator().manual_seed(0)
+    sizes, groups = [30, 7, 50], (torch.tensor([0, 3, 4, 9]), None, torch.tensor([1, 2, 5, 6, 7, 8]))
+    ids = torch.randint(30, (10,), generator=draw)
+    upstream = torch.rand(10, generator=draw)
+    found = {}
+    for name, nll in (("ours", grouped_nll), ("plain", nll_plainly)):
+        h = torch.randn(10, 16, generator=draw.manual_seed(1)).requires_grad_()
+        weight = torch.randn(87, 16, generator=draw).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            out = nll(h, weight, ids, groups, sizes)
+        assert out.dtype == torch.float32
+        (out * upstream).sum().backward()
+        found[name] = out.detach(), h.grad, weight.grad
+    for a, b in zip(found["ours"], found["plain"], strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2 if bf16 else 1e-5, atol=2e-2 if bf16 else 1e-6)
+    assert not found["ours"][2][30:37].any() and found["ours"][2][37:].any()  # the group that nothing is asked of
+
+
+def test_grouped_nll_refuses_a_second_backward_pass():
+    h, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    loss = grouped_nll(h, weight, torch.zeros(3, dtype=torch.long), (torch.arange(3),), [5]).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_mlp_s_gradients_are_those_of_autograd_bit_for_bit(bf16):
+    torch.manual_seed(0)
+    mlp = MLP(16, "gelu", 4.0, 1.0)
+    found = []
+    for plain in (False, True):
+        x = torch.randn(40, 16, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        mlp.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            y = mlp.fc2(F.gelu(mlp.fc1(x))) if plain else mlp(x)
+        y.float().square().sum().backward()
+        found.append((y.detach(), x.grad, mlp.fc1.weight.grad.clone(), mlp.fc2.weight.grad.clone()))
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)

@@ -141,3 +141,26 @@ def test_generator_is_keyed():
 def test_torch_seed_fits():
     seeds = {rng.torch_seed(0, "t", i) for i in range(200)}
     assert len(seeds) == 200 and all(0 <= s < 2**63 for s in seeds)
+
+
+def test_marks_choose_every_place_and_pair_alike():
+    """The lowest entries of a row are a random choice: every place and every pair of places as often as any other."""
+    b, n = 40_000, 9
+    mark = rng.marks(3, "slot", np.arange(b), n)
+    assert mark.dtype == np.uint32 and mark.shape == (b, n)
+    assert np.array_equal(mark[100:200], rng.marks(3, "slot", np.arange(100, 200), n))  # a sample's own, whatever its batch
+    assert not np.array_equal(mark[:100], rng.marks(3, "other", np.arange(100), n))
+    assert np.array_equal(mark[:, :4], rng.marks(3, "slot", np.arange(b), 4))  # and whatever follows
+    rank = np.argsort(np.argsort(mark, axis=1), axis=1)
+    lowest = np.bincount(np.argmin(mark, 1), minlength=n)
+    assert (np.abs(lowest - b / n) < 4.5 * np.sqrt(b / n)).all(), lowest
+    chosen = rank < 3
+    together = (chosen[:, :, None] & chosen[:, None, :]).sum(0)[np.triu_indices(n, 1)]
+    expected = b * 3 / n * 2 / (n - 1)
+    assert (np.abs(together - expected) < 4.5 * np.sqrt(expected)).all(), together
+    bit = (mark[:, :, None] >> np.arange(32, dtype=np.uint32)) & 1
+    assert (np.abs(bit.mean(0) - 0.5) < 5 * 0.5 / np.sqrt(b)).all()
+    # Neighbouring counters and places do not follow each other.
+    u = mark / 2.0**32
+    assert abs(np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]) < 0.01
+    assert abs(np.corrcoef(u[:, :-1].ravel(), u[:, 1:].ravel())[0, 1]) < 0.01

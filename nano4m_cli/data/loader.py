@@ -67,23 +67,22 @@ class _Column:
             raise ShardError(f"{where}: '{shard.keys[bad]}' has {length[bad]} ids of {spec.modality}, {wanted} expected")
         return offset + header, length // spec.variants
 
-    def read(self, index_B: np.ndarray, variant_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (ids (B, slots) int64, zeros beyond a text's end, length (B,))."""
+    def read(self, index_B: np.ndarray, variant_B: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Write ids into `out` (B, slots), which holds zeros and keeps them beyond a text's end; return length (B,)."""
         spec, item = self.spec, self.spec.dtype.itemsize
         length = self.length_N[index_B]
         at = self.offset_N[index_B] + variant_B % spec.variants * (spec.slots * item if spec.kind != "sequence" else 0)
         maps, places = self.maps, zip(self.shard_N[index_B].tolist(), at.tolist(), (at + length * item).tolist(), strict=True)
         flat = np.frombuffer(b"".join([maps[shard][first:end] for shard, first, end in places]), dtype=spec.dtype)
         if spec.kind == "sequence":
-            out = np.zeros((len(index_B), spec.slots), dtype=np.int64)
             out[np.arange(spec.slots) < length[:, None]] = flat
         else:
-            out = flat.reshape(-1, spec.slots).astype(np.int64)
+            out[:] = flat.reshape(-1, spec.slots)
         if int(flat.max(initial=0)) >= spec.vocab_size:
             bad = int(np.argmax((out >= spec.vocab_size).any(1)))
             key = self.split.keys[int(index_B[bad])]
             spec.check_ids(out[bad], f"{self.split.folder}, sample '{key}'")
-        return out, length
+        return length
 
 
 class TokenData:
@@ -117,8 +116,11 @@ class TokenData:
         """Return (ids_BC int64 over the layout's columns, length_BM)."""
         index_B = np.asarray(index_B, dtype=np.int64)
         variant_B = np.zeros_like(index_B) if variant_B is None else variant_B
-        parts = [c.read(index_B, variant_B) for c in self.columns]
-        return np.concatenate([p[0] for p in parts], 1), np.stack([p[1] for p in parts], 1)
+        ids = np.zeros((len(index_B), self.layout.columns), dtype=np.int64)
+        length = [
+            c.read(index_B, variant_B, ids[:, self.layout.start[m] : self.layout.start[m + 1]]) for m, c in enumerate(self.columns)
+        ]
+        return ids, np.stack(length, 1)
 
     def lengths(self, limit: int | None = None) -> np.ndarray:
         """Return length (N, M) of the first `limit` samples."""

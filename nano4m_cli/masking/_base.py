@@ -49,7 +49,7 @@ def share(total_B: np.ndarray, weight_BM: np.ndarray, room_BM: np.ndarray) -> np
     remainder. Weights of modalities without room do not count; where all weights are zero, room is the weight.
     """
     room = room_BM.astype(np.int64)
-    left = np.minimum(total_B, room.sum(1)).astype(np.int64)
+    total = left = np.minimum(total_B, room.sum(1)).astype(np.int64)
     out = np.zeros_like(room)
     for _ in range(room.shape[1] + 1):  # every round fills at least one modality, or ends
         free = room - out
@@ -58,18 +58,19 @@ def share(total_B: np.ndarray, weight_BM: np.ndarray, room_BM: np.ndarray) -> np
         w = np.where(none[:, None], free, w)
         norm = w.sum(1, keepdims=True)
         ideal = left[:, None] * w / np.where(norm > 0, norm, 1.0)
-        over = (np.floor(ideal) > free).any(1, keepdims=True)  # per sample: a mask never depends on its neighbours
-        if not over.any():
+        beyond = np.floor(ideal) > free
+        if not beyond.any():
             break
-        out += np.minimum(np.floor(ideal), free).astype(np.int64) * ((ideal >= free) & (free > 0) & over)
-        left = np.minimum(total_B, room.sum(1)) - out.sum(1)
+        over = beyond.any(1, keepdims=True)  # per sample: a mask never depends on its neighbours
+        out += np.where((ideal >= free) & over, free, 0)
+        left = total - out.sum(1)
     base = np.minimum(np.floor(ideal + 1e-9), free).astype(np.int64)
     out += base
-    left = np.minimum(total_B, room.sum(1)) - out.sum(1)
+    left = total - out.sum(1)
     # Largest remainders get what is left, one each, as often as it takes (room may close a modality).
     remainder = ideal - base
     while (left > 0).any():
         order = np.argsort(np.argsort(-np.where(room > out, remainder, -np.inf), axis=1, kind="stable"), axis=1)
         out += (order < left[:, None]) & (room > out)
-        left = np.minimum(total_B, room.sum(1)) - out.sum(1)
+        left = total - out.sum(1)
     return out

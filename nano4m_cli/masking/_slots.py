@@ -7,9 +7,10 @@ from typing import Literal
 import numpy as np
 
 from nano4m_cli.masking._base import Key
-from nano4m_cli.rng import uniform
+from nano4m_cli.rng import marks, uniform
 from nano4m_cli.spec import TokenSpec
 
+_LAST = np.uint32(0xFFFFFFFF)
 Pattern = Literal["random", "span", "block", "prefix"]
 
 
@@ -30,9 +31,10 @@ def choose_slots(
     n_in, n_out = shown_B[:, None], asked_B[:, None]
     if pattern == "prefix":
         return slot < n_in, (slot >= n_in) & (slot < n_in + n_out)
-    noise = uniform(key.seed, key.stream + "/slot", key.counter_B[:, None], slot)
     if pattern == "random":
-        return _split(noise if inside.all() else np.where(inside, noise, np.inf), n_in, n_out)
+        mark = marks(key.seed, key.stream + "/slot", key.counter_B, slots)
+        return _split(mark if inside.all() else np.where(inside, mark, _LAST), n_in, n_out)
+    noise = uniform(key.seed, key.stream + "/slot", key.counter_B[:, None], slot)
     u = uniform(key.seed, key.stream + "/at", key.counter_B)
     if pattern == "span":
         q = spec.codebooks
@@ -55,7 +57,7 @@ def _split(score_BL: np.ndarray, n_in: np.ndarray, n_out: np.ndarray) -> tuple[n
     """Return the n_in lowest entries of each row, and the n_out that follow; (B, 1) numbers, bool (B, L) both."""
     # Sorting values is many times quicker than sorting places: entries are compared with the last one taken.
     ordered, row, n = np.sort(score_BL, axis=1), np.arange(len(score_BL))[:, None], np.concatenate([n_in, n_in + n_out], 1)
-    last = np.where(n > 0, ordered[row, n - 1], -np.inf)
+    last = np.where(n > 0, ordered[row, n - 1], 0)
     first, upto = score_BL <= last[:, :1], score_BL <= last[:, 1:]
     if (np.count_nonzero(first), np.count_nonzero(upto)) == tuple(n.sum(0)):
         return first, upto & ~first

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nano4m_cli.config import Config
 from nano4m_cli.model.batch import Packed
 from nano4m_cli.model.layers import Block, Norm, TokenTable, make_norm, position_table
+from nano4m_cli.model.nll import grouped_nll
 from nano4m_cli.spec import Layout
 
 
@@ -146,12 +147,9 @@ class TokenModel(nn.Module, ABC):
 
     def logits(self, batch: Packed, answers_TD: Tensor) -> list[Tensor | None]:
         """Return per vocabulary group the logits (n, vocab_size) of the slots asked of it, or None."""
-        weight = self.head.weight().to(answers_TD.dtype)
-        start = self.layout.vocab_start
-        return [
-            None if index is None else F.linear(answers_TD.index_select(0, index), weight[start[g] : start[g + 1]])
-            for g, index in enumerate(batch.group_index)
-        ]
+        weights = self.head.weight().to(answers_TD.dtype).split(self.layout.sizes)
+        return [None if index is None else F.linear(answers_TD.index_select(0, index), weight)
+                for weight, index in zip(weights, batch.group_index, strict=True)]
 
     def forward(self, batch: Packed) -> list[Tensor | None]:
         """Return `logits` of the batch."""
@@ -159,12 +157,7 @@ class TokenModel(nn.Module, ABC):
 
     def nll(self, batch: Packed) -> Tensor:
         """Return (Td,) fp32: -log p of each answer, in nats."""
-        out = torch.zeros(len(batch.dec_ids), device=batch.dec_ids.device)
-        for index, logits in zip(batch.group_index, self(batch), strict=True):
-            if index is not None:
-                loss = F.cross_entropy(logits.float(), batch.dec_ids[index], reduction="none")
-                out = out.index_copy(0, index, loss)
-        return out
+        return grouped_nll(self.answers(batch), self.head.weight(), batch.dec_ids, batch.group_index, self.layout.sizes)
 
     def modality_sums(self, batch: Packed) -> tuple[Tensor, Tensor]:
         """Return (summed -log p, count), each (M,), per modality of the answers."""

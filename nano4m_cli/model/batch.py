@@ -30,8 +30,8 @@ class Ragged:
         lengths = np.asarray(lengths_S, dtype=np.int64)
         width = max(int(lengths.max(initial=0)), 1)
         start = np.cumsum(lengths) - lengths
-        offset = np.arange(int(lengths.sum())) - np.repeat(start, lengths)
-        place = np.repeat(np.arange(len(lengths)) * width, lengths) + offset
+        place = np.repeat(np.arange(len(lengths)) * width - start, lengths)
+        place += np.arange(len(place))
         return cls(torch.from_numpy(lengths), torch.from_numpy(place), width)
 
     @property
@@ -106,9 +106,10 @@ def pack(
     dec_source, context = (ids_BC, None) if answers is None else answers
     place, arow, acol = _chosen(asked_BC)
     dec_flat = dec_source.reshape(-1)
-    begins = ~layout.sequence_C  # columns with no id before them
-    begins[layout.start[:-1]] = True
-    prev = np.where(begins[acol], -1, dec_flat[np.maximum(place - 1, 0)])
+    follows = layout.sequence_C.copy()  # columns with an id before them
+    follows[layout.start[:-1]] = False
+    prev, text = np.full(len(place), -1), np.flatnonzero(follows[acol])
+    prev[text] = dec_flat[place[text] - 1]
     per_modality = np.bincount(arow * m + layout.modality_C[acol], minlength=len(asked_BC) * m).reshape(-1, m)  # (A, M)
     run_row, run_m = np.nonzero(per_modality)
     group_T = layout.group_C.astype(np.int16)[acol]

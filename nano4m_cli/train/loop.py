@@ -27,7 +27,7 @@ from nano4m_cli.errors import CheckpointError, TrainingError
 from nano4m_cli.rng import torch_seed
 from nano4m_cli.train import checkpoint
 from nano4m_cli.train.config import TrainConfig
-from nano4m_cli.train.optim import build_optimizers
+from nano4m_cli.train.optim import build_optimizers, clip_gradients
 from nano4m_cli.train.schedule import lr_factor
 
 
@@ -224,12 +224,12 @@ class Trainer:
                 named = {**named, **self._critic_backward()}
             for k, v in {"loss": loss, **named}.items():
                 figures[k] = figures.get(k, 0.0) + v.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.c.clip)
-        finite = math.isfinite(float(figures["loss"])) and math.isfinite(float(norm))
+        norm = clip_gradients(self.model.parameters(), self.c.clip)
+        finite = math.isfinite(float(figures["loss"])) and math.isfinite(norm)
         if self.critic is not None:
-            finite &= math.isfinite(float(nn.utils.clip_grad_norm_(self.critic.parameters(), self.c.clip)))
+            finite &= math.isfinite(clip_gradients(self.critic.parameters(), self.c.clip))
         if not finite:
-            self._not_finite(figures, float(norm))
+            self._not_finite(figures, norm)
         factor = lr_factor(self.step, self.c)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -240,7 +240,7 @@ class Trainer:
             # The average forgets its start: early on it is over the steps so far.
             decay = min(self.c.ema, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.model.parameters()], 1 - decay)
-        return {**{k: float(v) for k, v in figures.items()}, "grad_norm": float(norm), "lr": self.c.lr * factor}
+        return {**{k: float(v) for k, v in figures.items()}, "grad_norm": norm, "lr": self.c.lr * factor}
 
     def _critic_backward(self) -> dict[str, Tensor]:
         self.critic.requires_grad_(True)

@@ -65,6 +65,16 @@ class Muon(torch.optim.Optimizer):
         return x.transpose(1, 2) if tall else x
 
 
+def clip_gradients(params: Iterable[Tensor], limit: float) -> float:
+    """Return the norm of all gradients together, after scaling them down to `limit` where it is more; where it is not, they
+    are not touched (`clip_grad_norm_` multiplies them by one)."""
+    params = [p for p in params if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in params])
+    if norm > limit:
+        nn.utils.clip_grads_with_norm_(params, limit, norm)
+    return float(norm)
+
+
 def build_optimizers(model: nn.Module, c: TrainConfig) -> list[torch.optim.Optimizer]:
     """Return the optimizers of a config; each group carries its peak rate as "peak_lr".
 

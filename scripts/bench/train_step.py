@@ -8,7 +8,8 @@ At the reference configuration (`_reference.py`), batch 16. The ladder goes from
     packed      our model and batch, still with one 50,304-way table and head, torch's attention on rows padded inside it.
     own heads   as packed, but each modality has its own ids.
     attention   as own heads, with the attention backend that our model chooses at this width.
-    optimizer   as attention, with fused AdamW: this is ours. "ours bf16" is the same under autocast (where hardware has bf16).
+    optimizer   as attention, with fused AdamW, and gradients touched only where they are clipped: this is ours. "ours bf16" is
+                the same under autocast (where hardware has bf16).
 
 They take turns on each batch; speed-ups are medians of the rounds' ratios. Useful tokens are those shown and asked, without
 padding and registers. `gemm_share_fp32` is useful FLOPs (of training: three times the forward's) over the best rate of a
@@ -43,7 +44,7 @@ from nano4m_cli.model.batch import pack
 from nano4m_cli.model.fourm import FourM
 from nano4m_cli.spec import Layout
 from nano4m_cli.train.config import TrainConfig
-from nano4m_cli.train.optim import build_optimizers
+from nano4m_cli.train.optim import build_optimizers, clip_gradients
 from nano4m_cli.train.tasks import FourMTask, Part
 
 QUICK = ["model.size=d1-1w64", "train.batch=2"]
@@ -124,10 +125,12 @@ class Bench:
             ("ours bf16", chosen, fused, torch.bfloat16),
         ):
             if name in names:
-                made[name] = self._step(ours, optimizers, lambda batch: task.loss(batch[2])[0], dtype, backend)
+                clip = nn.utils.clip_grad_norm_ if optimizers is plain else clip_gradients
+                made[name] = self._step(ours, optimizers, lambda batch: task.loss(batch[2])[0], dtype, backend, clip)
         return made
 
-    def _step(self, model: nn.Module, optimizers: list, loss_of: Callable, dtype, backend: str | None = None) -> Callable:
+    def _step(self, model: nn.Module, optimizers: list, loss_of: Callable, dtype, backend: str | None = None,
+              clip: Callable = nn.utils.clip_grad_norm_) -> Callable:
         def step(batch) -> float:
             for block in [*model.encoder, *model.decoder] if backend else []:
                 for attention in (block.attn, getattr(block, "cross", None)):
@@ -138,7 +141,7 @@ class Bench:
             with torch.autocast("cpu", dtype=dtype) if dtype else contextlib.nullcontext():
                 loss = loss_of(batch)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), self.config.train.clip)
+            clip(model.parameters(), self.config.train.clip)
             for optimizer in optimizers:
                 optimizer.step()
             model.zero_grad(set_to_none=True)  # the next setup has the memory
