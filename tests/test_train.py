@@ -24,6 +24,7 @@ from nano4m_cli.train.loop import Stopped, Trainer, resolve_precision
 from nano4m_cli.train.optim import Muon, build_optimizers
 from nano4m_cli.train.run import prepare, start
 from nano4m_cli.train.schedule import lr_factor
+from nano4m_cli.train.tasks import FourMTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REPO = Path(__file__).parents[1]
@@ -173,6 +174,50 @@ def test_accumulation_changes_nothing_but_rounding(space):
     for a, b in zip(one, four, strict=True):
         assert (a.pop("kind"), a.pop("step")) == (b.pop("kind"), b.pop("step"))
         assert b == pytest.approx(a, rel=1e-3)
+
+
+def test_a_step_s_data_is_the_same_list_for_any_number_of_ranks(space):
+    """Samples, ids and masks of a step, put together from 1, 2 and 4 ranks, are one list; so is the gradient they sum to."""
+    c = config(space.root, train__batch=8)
+    base = prepare(c, space).task
+    layout = base.layout
+    found, grads = {}, {}
+    for ranks in (1, 2, 4):
+        rows, total = [], {}
+        for rank in range(ranks):
+            task = FourMTask(c, base.train, None, base.model, rank, ranks)
+            for step in (0, 7):
+                (part,) = task.batch(step)
+                p = part.packed
+                assert p.samples == 8 // ranks
+                for side, col in ((p.enc_ids, p.enc_col), (p.dec_ids, p.dec_col)):
+                    rows.append((step, len(rows) % 2, side[col >= 0].tolist(), col[col >= 0].tolist()))
+                rows[-1] += tuple(part.answers_M.tolist()), p.enc.lengths.tolist(), p.dec.lengths.tolist()
+            base.model.zero_grad()
+            task.loss(task.batch(7)[0])[0].backward()
+            for name, q in base.model.named_parameters():
+                if q.grad is not None:
+                    total[name] = total.get(name, 0) + q.grad.clone()
+        grads[ranks] = total
+        joined = {}
+        for step, side, ids, col, *more in rows:
+            joined.setdefault((step, side), ([], []))[0].extend(ids)
+            joined[step, side][1].extend(col)
+            if more:
+                joined.setdefault((step, "answers"), []).append(more[0])
+                joined.setdefault((step, "lengths"), ([], []))[0].extend(more[1])
+                joined[step, "lengths"][1].extend(more[2])
+        for step in (0, 7):
+            assert len(set(joined[step, "answers"])) == 1  # every rank divides by the answers of the whole step
+            joined[step, "answers"] = joined[step, "answers"][0]
+            assert sum(joined[step, "answers"]) == len(joined[step, 1][0]) > 8
+        found[ranks] = joined
+    assert found[1] == found[2] == found[4] and len(layout.names) > 1
+    assert grads[1].keys() == grads[2].keys() == grads[4].keys()
+    for name, grad in grads[1].items():
+        for ranks in (2, 4):
+            scale = float(grad.abs().max())
+            assert torch.allclose(grad, grads[ranks][name], rtol=1e-3, atol=1e-5 * scale + 1e-9), (name, ranks)
 
 
 def test_a_batch_that_does_not_divide_is_refused(space):
@@ -360,7 +405,7 @@ def start_shell(root, *args):
     return subprocess.Popen([*command, "--device", "cpu"], **pipes, env=env, start_new_session=True)
 
 
-def wait_for(process, what, seconds=120):
+def wait_for(process, what, seconds=300):  # many times what it takes: the machine may be busy
     """Wait until what() is true while the process runs; return whether it is."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
@@ -422,7 +467,7 @@ def test_killed_again_and_again_the_run_is_the_same(space):
     moments, killed_at = random.Random(0), []
     for n in range(6):
         child, before = start_shell(space.root, *args, "--resume"), newest(cut)
-        wait_for(child, lambda before=before: newest(cut) > before)
+        assert wait_for(child, lambda before=before: newest(cut) > before), (n, before)
         time.sleep(moments.uniform(0.0, 0.25))
         os.killpg(child.pid, signal.SIGKILL)
         _, err = child.communicate(timeout=60)

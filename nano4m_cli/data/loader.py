@@ -122,9 +122,9 @@ class TokenData:
         ]
         return ids, np.stack(length, 1)
 
-    def lengths(self, limit: int | None = None) -> np.ndarray:
-        """Return length (N, M) of the first `limit` samples."""
-        return np.stack([c.length_N[:limit] for c in self.columns], 1)
+    def lengths(self, index_B: np.ndarray | slice) -> np.ndarray:
+        """Return length (B, M) of samples, without reading their ids."""
+        return np.stack([c.length_N[index_B] for c in self.columns], 1)
 
 
 def read_specs(dataset: DatasetFolder, modalities: Sequence[str]) -> list[TokenSpec]:

@@ -51,7 +51,7 @@ class Prepared:
     summary: dict[str, Any] = field(default_factory=dict)
 
     def masks(self, samples: int = DRY_SAMPLES) -> MaskReport:
-        report = self.task.mixture.simulate(self.task.train.lengths(samples), self.config.seed, samples)
+        report = self.task.mixture.simulate(self.task.train.lengths(slice(samples)), self.config.seed, samples)
         return replace(report, directions=self.task.model.posed(report.directions))
 
 
@@ -193,7 +193,7 @@ class OpenRun:
     @cached_property
     def directions(self) -> dict[str, float]:
         """The share of training samples that posed each direction (those never posed are not there), by simulation."""
-        lengths = TokenData(self.dataset, self.config.data.train, self.layout.names).lengths(8192)
+        lengths = TokenData(self.dataset, self.config.data.train, self.layout.names).lengths(slice(8192))
         return self.model.posed(self.mixture.simulate(lengths, self.config.seed, 16384).directions)
 
 

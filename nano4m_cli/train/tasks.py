@@ -32,9 +32,18 @@ class Part:
 
 
 class FourMTask:
-    """Masked modelling on the token shards of a data set."""
+    """Masked modelling on the token shards of a data set.
 
-    def __init__(self, config: RunConfig, train: TokenData, val: TokenData | None, model: TokenModel):
+    Args:
+        rank, ranks: which of so many equal parts of every step's batch this process makes. Samples, masks and the answers that
+            losses are divided by are those of the whole batch, the same for any number of ranks.
+    """
+
+    def __init__(
+        self, config: RunConfig, train: TokenData, val: TokenData | None, model: TokenModel, rank: int = 0, ranks: int = 1
+    ):
+        assert 0 <= rank < ranks and config.train.batch % (config.train.accumulate * ranks) == 0, (rank, ranks)
+        self.rank, self.ranks = rank, ranks
         self.config, self.train, self.val, self.model = config, train, val, model
         self.layout = train.layout
         for name in config.loss_weights:
@@ -51,20 +60,23 @@ class FourMTask:
         b = self.config.train.batch
         return np.arange(step * b, (step + 1) * b)
 
-    def _parts(self, data: TokenData, index: np.ndarray, key: Key, parts: int) -> list[Part]:
-        variants = max(s.variants for s in self.layout.specs)
-        variant = (bits(key.seed, key.stream + "/variant", key.counter_B) % np.uint64(variants)).astype(np.int64)
-        ids, length = data.read(index, variant)
-        shown, asked = self.mixture.draw(length, key)
+    def _parts(self, data: TokenData, index: np.ndarray, key: Key, parts: int, mine: slice = slice(None)) -> list[Part]:
+        """Return the chosen ones of so many parts of the samples `index`; only theirs are read."""
+        shown, asked = self.mixture.draw(data.lengths(index), key)
         answers = torch.from_numpy(np.add.reduceat(asked.sum(0), self.layout.start[:-1]).astype(np.float32))
-        rows = [slice(r[0], r[-1] + 1) for r in np.array_split(np.arange(len(index)), parts)]
+        rows = [slice(r[0], r[-1] + 1) for r in np.array_split(np.arange(len(index)), parts)][mine]
+        own = slice(rows[0].start, rows[-1].stop)
+        variants = max(s.variants for s in self.layout.specs)
+        variant = (bits(key.seed, key.stream + "/variant", key.counter_B[own]) % np.uint64(variants)).astype(np.int64)
+        ids, _ = data.read(index[own], variant)
         registers = self.model.config.registers
-        return [Part(pack(self.layout, ids[r], shown[r], asked[r], registers), answers) for r in rows]
+        return [Part(pack(self.layout, ids[r.start - own.start : r.stop - own.start], shown[r], asked[r], registers), answers)
+                for r in rows]
 
     def batch(self, step: int) -> list[Part]:
-        counter = self._counters(step)
-        index = self.order.at(counter)
-        return self._parts(self.train, index, Key(self.config.seed, "mask", counter), self.config.train.accumulate)
+        counter, each = self._counters(step), self.config.train.accumulate
+        mine = slice(self.rank * each, (self.rank + 1) * each)
+        return self._parts(self.train, self.order.at(counter), Key(self.config.seed, "mask", counter), each * self.ranks, mine)
 
     def loss(self, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy per modality over its answers in the whole step, weighted mean over modalities present."""
