@@ -1,10 +1,11 @@
 """Tokens and seconds that recipes need to a fixed validation loss on `scenes`.
 
-    python scripts/bench/speedrun.py [--recipes NAME ...] [--steps 256] [--seeds 3] [--rates R ...] [--target LOSS] [--json] [--quick]
+    python scripts/bench/speedrun.py [--recipes NAME ...] [--steps 256] [--seeds 3] [--rates R ...] [--target LOSS]
+                                    [--keep FILE] [--json] [--quick]
 
-A recipe is a base and options, "course+muon+rope" (OPTIONS below). `course` is the demo's data and size with AdamW, GELU, LayerNorm,
-sincos, any-to-any masks of alpha 1 and equal loss weights, at the best of `--rates` by its own loss here; what stands with muon
-keeps the demo's rates, which were chosen before. `demo` is cfgs/demo.yaml.
+A recipe is a base and options, "course+muon+rope" (OPTIONS below). `course` is the demo's data and size with AdamW, GELU,
+LayerNorm, sincos, any-to-any masks of alpha 1 and equal loss weights, at the best of `--rates` by its own loss here; what stands
+with muon keeps the demo's rates, which were chosen before. `demo` is cfgs/demo.yaml.
 
 All are asked the same fixed questions of the val split, whatever they were trained on. Half of the loss is any-to-any, masks of
 alpha 1: what `course` trains on. The other half is a whole modality from another whole one, all pairs alike: what models are used
@@ -13,8 +14,9 @@ for. Each half is the mean over modalities of nats per token. One half alone wou
 A run is planned for so many steps and its schedule ends there; what it has on the way does not count. `course` gets `--steps`, and
 the target is the worst loss of its seeds there (or `--target`). Another recipe gets half of the steps, then again half as long as
 it reaches the target, or all of them; tokens to the target are read between the two runs around it, on a line over the logarithm of
-tokens. Tokens are all that encoder and decoder read (registers aside); seconds are of the CPU, all threads, in training steps alone. Ratios are of runs
-of one seed: geometric mean with the 95 % interval of t over seeds. The best recipe is chosen by the same seeds that measure it.
+tokens. Tokens are all that encoder and decoder read (registers aside); seconds are of the CPU, all threads, in training steps
+alone. Ratios are of runs of one seed: geometric mean with the 95 % interval of t over seeds. The best recipe is chosen by the same
+seeds that measure it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -45,7 +48,8 @@ from nano4m_cli.train.run import prepare
 DEMO = ROOT / "cfgs" / "demo.yaml"
 ANY = {"type": "dirichlet", "alpha": 1.0, "input": [4, 40], "target": [4, 24]}
 ONE = {"type": "directed", "known": 0.0}
-COURSE = [f"masking.components={json.dumps([ANY])}", "loss_weights={}", "model.qk_norm=false", "train.optimizer=adamw", "train.ema=0"]
+COURSE = [f"masking.components={json.dumps([ANY])}", "loss_weights={}", "model.qk_norm=false", "train.optimizer=adamw",
+          "train.ema=0"]
 OPTIONS = {
     "muon": ["train.optimizer=muon"], "ema": ["train.ema=0.99"], "wsd": ["train.schedule=wsd"],
     "swiglu": ["model.mlp=swiglu"], "rmsnorm": ["model.norm=rmsnorm"], "qk_norm": ["model.qk_norm=true"],
@@ -78,6 +82,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="AdamW's, searched for the course recipe")
     parser.add_argument("--target", type=float)
+    parser.add_argument("--keep", type=Path, help="JSON lines of finished runs: written, and read instead of running again")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="two recipes, two seeds, 32 steps")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
@@ -85,11 +90,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.quick:
         args.recipes, args.steps, args.seeds, args.rates = ["course+muon", "demo"], 32, 2, args.rates[-2:]
-    race = Race(Workspace.at(), args.steps)
+    race = Race(Workspace.at(), args.steps, args.keep)
     rate = race.best_rate(args.rates)
     target = args.target or max(race.run("course", seed, 1.0, rate).loss for seed in range(args.seeds))
-    told = f"course at lr {rate:g}; target {target:.4f} nats" + ("; its rate is the end of --rates" if rate in _ends(args.rates) else "")
-    print(told, file=sys.stderr, flush=True)
+    end = "; the best rate is at an end of --rates" if rate in (min(args.rates), max(args.rates)) and len(args.rates) > 1 else ""
+    print(f"course at lr {rate:g}; target {target:.4f} nats{end}", file=sys.stderr, flush=True)
     found: dict[str, list[tuple[float, float]]] = {}
     for name in ["course", *args.recipes]:
         lr = rate if name.startswith("course") and "muon" not in name else None
@@ -98,16 +103,15 @@ def main() -> None:
     report(found, target, args.json)
 
 
-def _ends(rates: Sequence[float]) -> list[float]:
-    return [min(rates), max(rates)] if len(rates) > 1 else []
-
-
 class Race:
-    """Trains recipes, each planned run once."""
+    """Trains recipes, each planned run once; `keep` is a file that outlives the process."""
 
-    def __init__(self, workspace: Workspace, steps: int):
-        self.workspace, self.steps = workspace, steps
+    def __init__(self, workspace: Workspace, steps: int, keep: Path | None = None):
+        self.workspace, self.steps, self.keep = workspace, steps, keep
         self.runs: dict[tuple, Run] = {}
+        for line in keep.read_text().splitlines() if keep and keep.exists() else []:
+            key, run = json.loads(line)
+            self.runs[tuple(key)] = Run(**run)
 
     def best_rate(self, rates: Sequence[float]) -> float:
         """Return the rate at which the course recipe ends lowest (seed 0)."""
@@ -115,12 +119,16 @@ class Race:
 
     def run(self, recipe: str, seed: int, share: float, rate: float | None) -> Run:
         """Return the run planned for a share of the steps."""
-        key = (recipe, seed, share, rate)
+        steps = max(2, round(self.steps * share))
+        key = (recipe, seed, steps, rate)
         if key not in self.runs:
-            done = self.runs[key] = self._train(recipe, seed, max(2, round(self.steps * share)), rate)
-            print(f"{recipe:24} seed {seed} steps {round(self.steps * share):4} {'' if rate is None else f'lr {rate:g} '}"
-                  f"tokens {done.tokens:8} seconds {done.seconds:6.1f} loss {done.loss:.4f} (any {done.any:.4f}, one {done.one:.4f})",
-                  file=sys.stderr, flush=True)
+            done = self.runs[key] = self._train(recipe, seed, steps, rate)
+            what = f"{recipe:24} seed {seed} steps {steps:4} {'' if rate is None else f'lr {rate:g} '}"
+            print(f"{what}tokens {done.tokens:8} seconds {done.seconds:6.1f} loss {done.loss:.4f} (any {done.any:.4f}, "
+                  f"one {done.one:.4f})", file=sys.stderr, flush=True)
+            if self.keep:
+                with open(self.keep, "a") as file:
+                    file.write(json.dumps([key, asdict(done)]) + "\n")
         return self.runs[key]
 
     def _train(self, recipe: str, seed: int, steps: int, rate: float | None) -> Run:
@@ -159,7 +167,8 @@ def questions(trainer: Trainer) -> list[float]:
         total = count = 0
         with trainer.averaged():
             for rows in np.array_split(index, -(-len(index) // 100)):
-                sums = trainer.model.modality_sums(pack(task.layout, ids[rows], shown[rows], asked[rows], task.model.config.registers))
+                batch = pack(task.layout, ids[rows], shown[rows], asked[rows], task.model.config.registers)
+                sums = task.model.modality_sums(batch)
                 total, count = total + sums[0], count + sums[1]
         out.append(float((total / count)[count > 0].mean()))
     return out
@@ -181,8 +190,7 @@ def reach(run: Callable[[float], Run], target: float, share: float) -> tuple[flo
         below = run(share)
         if below.loss > target:
             at = (below.loss - target) / (below.loss - here.loss)
-            mix = lambda a, b: math.exp((1 - at) * math.log(a) + at * math.log(b))  # noqa: E731
-            return mix(below.tokens, here.tokens), mix(below.seconds, here.seconds)
+            return below.tokens * (here.tokens / below.tokens) ** at, below.seconds * (here.seconds / below.seconds) ** at
         here = below
     return float(here.tokens), here.seconds
 
@@ -223,8 +231,8 @@ def report(found: dict[str, list[tuple[float, float]]], target: float, as_json: 
         if not of_tokens[0]:
             print(f"{name:24} not reached by {sum(t == math.inf for t in tokens)} of {len(tokens)} seeds")
             continue
-        print(f"{name:24} {statistics.mean(tokens):10.0f} {statistics.mean(seconds):8.1f}   {of_tokens[0]:5.2f} "
-              f"[{of_tokens[1]:.2f}, {of_tokens[2]:.2f}]            {of_seconds[0]:5.2f} [{of_seconds[1]:.2f}, {of_seconds[2]:.2f}]")
+        cells = [f"{v:5.2f} [{low:.2f}, {high:.2f}]" for v, low, high in (of_tokens, of_seconds)]
+        print(f"{name:24} {statistics.mean(tokens):14.0f} {statistics.mean(seconds):8.1f}   {cells[0]:29}   {cells[1]}")
     print(f"tokens_ratio {best[3][0]:.2f} ({best[0]})")
 
 
