@@ -11,12 +11,12 @@ All are asked the same fixed questions of the val split, whatever they were trai
 alpha 1: what `course` trains on. The other half is a whole modality from another whole one, all pairs alike: what models are used
 for. Each half is the mean over modalities of nats per token. One half alone would choose the winner among masks; both are printed.
 
-A run is planned for so many steps and its schedule ends there; what it has on the way does not count. `course` gets `--steps`, and
-the target is the worst loss of its seeds there (or `--target`). Another recipe gets half of the steps, then again half as long as
-it reaches the target, or all of them; tokens to the target are read between the two runs around it, on a line over the logarithm of
-tokens. Tokens are all that encoder and decoder read (registers aside); seconds are of the CPU, all threads, in training steps
-alone. Ratios are of runs of one seed: geometric mean with the 95 % interval of t over seeds. The best recipe is chosen by the same
-seeds that measure it.
+A run is planned for so many steps and its schedule ends there; what it has on the way does not count. `course` gets `--steps` (of
+the demo's batch: a smaller batch makes more steps of as many samples), and the target is the worst loss of its seeds there (or
+`--target`). Another recipe gets half of the steps, then again half as long as it reaches the target, or all of them; tokens to the
+target are read between the two runs around it, on a line over the logarithm of tokens. Tokens are all that encoder and decoder read
+(registers aside); seconds are of the CPU, all threads, in training steps alone. Ratios are of runs of one seed: geometric mean with
+the 95 % interval of t over seeds. The best recipe is chosen by the same seeds that measure it.
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ OPTIONS = {
     "swiglu": ["model.mlp=swiglu"], "rmsnorm": ["model.norm=rmsnorm"], "qk_norm": ["model.qk_norm=true"],
     "rope": ["model.positions=rope"], "fourier": ["model.positions=fourier"], "learned": ["model.positions=learned"],
     "zero": ["model.init=zero"], "gpt2": ["model.init=gpt2"], "xavier": ["model.init=xavier"],
+    "batch32": ["train.batch=32"], "hot": ["train.muon_lr=0.024"],
     "masks": [f"masking.components={json.dumps(load_yaml(DEMO)['masking']['components'])}"],
 }  # fmt: skip
 RECIPES = ["course+muon", "course+muon+ema", "course+muon+swiglu", "course+muon+rmsnorm", "course+muon+qk_norm",
            "course+muon+rope", "demo"]  # fmt: skip
-RATES = [1e-3, 2e-3, 4e-3, 8e-3]
+RATES = [2e-3, 4e-3, 8e-3, 1.6e-2]
 SMALLEST = 1 / 16  # of the steps: shorter runs are not tried
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # two-sided, by degrees of freedom
 
@@ -132,8 +133,9 @@ class Race:
         return self.runs[key]
 
     def _train(self, recipe: str, seed: int, steps: int, rate: float | None) -> Run:
-        config = load_run_config(DEMO, [*settings(recipe), f"seed={seed}", f"train.steps={steps}", "name=speedrun",
-                                        f"train.warmup={min(50, steps // 8)}", *([] if rate is None else [f"train.lr={rate}"])])
+        chosen = [*settings(recipe), f"seed={seed}", "name=speedrun", *([] if rate is None else [f"train.lr={rate}"])]
+        steps = steps * load_run_config(DEMO, []).train.batch // load_run_config(DEMO, chosen).train.batch
+        config = load_run_config(DEMO, [*chosen, f"train.steps={steps}", f"train.warmup={min(50, steps // 8)}"])
         trainer = Trainer(prepare(config, self.workspace).task, config.train, seed, None)
         tokens, seconds = 0, 0.0
         for step in range(steps):
