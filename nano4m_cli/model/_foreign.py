@@ -50,8 +50,8 @@ class ForeignConfig(PairConfig):
 
     @model_validator(mode="after")
     def _theirs(self) -> ForeignConfig:
-        if self.norm != "layernorm" or self.positions != "sincos":
-            raise ValueError("norm and positions are those of the checkpoint and cannot be chosen")
+        if (self.norm, self.positions, self.init, self.mup_base) != ("layernorm", "sincos", "scaled", None):
+            raise ValueError("norm, positions, init and mup_base are those of the checkpoint and cannot be chosen")
         return self
 
     @property

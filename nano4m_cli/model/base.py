@@ -16,18 +16,27 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from nano4m_cli.config import Config
 from nano4m_cli.model.batch import Packed
+from nano4m_cli.model.init import Init, initialise
 from nano4m_cli.model.layers import Block, Norm, TokenTable, make_norm, position_table
 from nano4m_cli.model.nll import grouped_nll
+from nano4m_cli.model.positions import Fourier, rotations
 from nano4m_cli.spec import Layout
 
 
 class TransformerConfig(Config):
-    """Options of the layers. size: depth and width, as each model spells them."""
+    """Options of the layers.
+
+    size: depth and width, as each model spells them.
+    positions: sincos and learned are added as a table, fourier as learned functions of the coordinates; rope turns queries
+        and keys (model/positions.py).
+    init: how weights begin (model/init.py).
+    mup_base: the width at which rates and sizes were chosen; others are then scaled by muP (null: not at all).
+    """
 
     size: str
     head_width: int = 64
@@ -35,7 +44,9 @@ class TransformerConfig(Config):
     mlp_ratio: float = 4.0
     norm: Norm = "layernorm"
     qk_norm: bool = False
-    positions: Literal["sincos", "learned"] = "sincos"
+    positions: Literal["sincos", "learned", "fourier", "rope"] = "sincos"
+    init: Init = "scaled"
+    mup_base: int | None = Field(None, ge=1)
     attention: Literal["auto", "padded", "sdpa", "loop"] = "auto"
 
     @model_validator(mode="after")
@@ -44,6 +55,10 @@ class TransformerConfig(Config):
             raise ValueError("head_width and mlp_ratio are positive")
         if self.width % self.head_width:
             raise ValueError(f"width {self.width} does not divide into heads of {self.head_width}")
+        if self.positions == "rope" and self.head_width % 2:
+            raise ValueError(f"rope turns pairs, head_width {self.head_width} is odd")
+        if self.mup_base and self.init not in ("scaled", "zero"):
+            raise ValueError(f"muP scales init with the width, '{self.init}' does not: choose scaled or zero")
         return self
 
     @property
@@ -58,6 +73,11 @@ class TransformerConfig(Config):
     @property
     def heads(self) -> int:
         return self.width // self.head_width
+
+    @property
+    def base(self) -> int:
+        """The width whose sizes and rates are used: its own without muP."""
+        return self.mup_base or self.width
 
     def with_backend(self) -> TransformerConfig:
         """Return the config with the attention backend chosen: rows one by one pay at large widths (scripts/bench/attention.py)."""
@@ -124,10 +144,35 @@ class TokenModel(nn.Module, ABC):
 
     def _positions(self, config: TransformerConfig, layout: Layout) -> None:
         table = position_table(layout, config.width)
+        self.fourier = Fourier(layout, config.width) if config.positions == "fourier" else None
         if config.positions == "learned":
             self.position = nn.Parameter(table)
         else:
             self.register_buffer("position", table, persistent=False)
+        self.rope = config.positions == "rope"
+        if self.rope:
+            self.register_buffer("rotation", rotations(layout, config.head_width), persistent=False)
+
+    def _head(self, config: TransformerConfig, layout: Layout) -> TokenTable:
+        return TokenTable(layout, config.width, config.base**-0.5 * 0.5, config.base / config.width)
+
+    def _ready(self, config: TransformerConfig, layout: Layout) -> None:
+        """What a constructor ends with."""
+        self._columns(layout)
+        initialise(self, config.init)
+
+    def places(self, col_T: Tensor) -> Tensor:
+        """Return (T, D): positions of columns, to be added."""
+        return F.embedding(col_T, self.position if self.fourier is None else self.fourier())
+
+    def turns(self, col_T: Tensor) -> Tensor | None:
+        """Return (T, 2, P): how queries and keys of columns turn (-1: a register), or None without rope."""
+        return self.rotation[col_T] if self.rope else None
+
+    @property
+    def grown(self) -> float:
+        """Width over the width whose learning rates are used (1 without muP)."""
+        return self.config.width / self.config.base
 
     @property
     def device(self) -> torch.device:
@@ -181,9 +226,10 @@ class Stack(TokenModel):
         self._positions(config, layout)
         self.blocks = nn.ModuleList([Block(config, config.layers, False) for _ in range(config.layers)])
         self.norm = make_norm(config.norm, d)
-        self.head = TokenTable(layout, d, d**-0.5 * 0.5)
-        self._columns(layout)
+        self.head = self._head(config, layout)
+        self._ready(config, layout)
 
     def slots(self, col_T: Tensor) -> Tensor:
-        """Return (T, D): the modality and position of slots."""
-        return F.embedding(self.modality_C[col_T], self.modality) + F.embedding(col_T, self.position)
+        """Return (T, D): the modality of slots, and their position unless it turns."""
+        modality = F.embedding(self.modality_C[col_T], self.modality)
+        return modality if self.rope else modality + self.places(col_T)

@@ -55,8 +55,8 @@ class FourM(TokenModel):
         self.decoder = nn.ModuleList([Block(config, config.decoder_layers, True) for _ in range(config.decoder_layers)])
         self.enc_norm, self.dec_norm = make_norm(config.norm, d), make_norm(config.norm, d)
         self.context = linear(d, d)
-        self.head = TokenTable(layout, d, d**-0.5 * 0.5)
-        self._columns(layout)
+        self.head = self._head(config, layout)
+        self._ready(config, layout)
 
     # -- encoder --------------------------------------------------------------------------------------------------
 
@@ -64,7 +64,9 @@ class FourM(TokenModel):
         """Return the encoder's input (Te, D)."""
         col = batch.enc_col.clamp_min(0)
         x = self.embed(self.vocab_C[col] + batch.enc_ids)
-        x = x + F.embedding(self.modality_C[col], self.enc_modality) + F.embedding(col, self.position)
+        x = x + F.embedding(self.modality_C[col], self.enc_modality)
+        if not self.rope:
+            x = x + self.places(col)
         if self.config.registers:
             at = (batch.enc_col < 0).nonzero().squeeze(1)
             tokens = self.register_tokens.repeat(batch.samples, 1)
@@ -74,9 +76,9 @@ class FourM(TokenModel):
     def encode(self, batch: Packed, layers: list[Tensor] | None = None) -> Tensor:
         """Return the encoder's output (Te, D); each layer's output is appended to `layers` where given."""
         mask = Mask(batch.enc, batch.enc)
-        x = self.embed_shown(batch)
+        x, turn = self.embed_shown(batch), self.turns(batch.enc_col)
         for block in self.encoder:
-            x = block(x, mask)
+            x = block(x, mask, turn=turn)
             if layers is not None:
                 layers.append(x)
         return self.enc_norm(x)
@@ -87,8 +89,11 @@ class FourM(TokenModel):
         """Return the decoder's output (Td, D) for what is asked, given the encoder's."""
         context = self.context(encoded)
         modality = self.modality_C[batch.dec_col]
-        y = F.embedding(modality, self.dec_modality) + F.embedding(batch.dec_col, self.position)
         text = self.sequence_C[batch.dec_col]
+        place = self.places(batch.dec_col)
+        if self.rope:  # a query has no token: its place is all that it is, and with nothing shown no turn would tell it
+            place = place.masked_fill(text[:, None], 0.0)
+        y = F.embedding(modality, self.dec_modality) + place
         if bool(text.any()):
             at = text.nonzero().squeeze(1)
             prev = batch.dec_prev[at]
@@ -97,8 +102,9 @@ class FourM(TokenModel):
             y = y.index_add(0, at, told.to(y.dtype))
         own = Mask(batch.dec_self, batch.dec_self, causal=batch.dec_causal)
         cross = Mask(batch.dec, batch.enc, k_row=batch.dec_context)
+        turn, context_turn = self.turns(batch.dec_col), self.turns(batch.enc_col)
         for block in self.decoder:
-            y = block(y, own, context, cross)
+            y = block(y, own, context, cross, turn=turn, context_turn=context_turn)
         return self.dec_norm(y)
 
     def answers(self, batch: Packed) -> Tensor:

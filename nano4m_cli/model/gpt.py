@@ -40,9 +40,9 @@ class GPT(Stack):
 
     def _read(self, m: Merged, caches: list[Cache] | None = None) -> Tensor:
         causal = torch.ones(m.rows.rows, dtype=torch.bool, device=m.col.device)
-        mask, x = Mask(m.rows, m.rows, causal=causal), self._inputs(m)
+        mask, x, turn = Mask(m.rows, m.rows, causal=causal), self._inputs(m), self.turns(m.col)
         for i, block in enumerate(self.blocks):
-            x = block(x, mask, cache=None if caches is None else caches[i])
+            x = block(x, mask, cache=None if caches is None else caches[i], turn=turn)
         return self.norm(x)
 
     def answers(self, batch: Packed) -> Tensor:
@@ -69,8 +69,8 @@ class GPT(Stack):
         on = lambda x: torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)).to(self.device)  # noqa: E731
         ids, cols = on(before[0]), on(before[1])
         told = self.embed(self.vocab_C[cols.clamp_min(0)] + ids)
-        x = torch.where((cols >= 0)[:, None], told, self.unknown) + self.slots(on(col_S))
-        at = on(at_S)
+        col, at = on(col_S), on(at_S)
+        x, turn = torch.where((cols >= 0)[:, None], told, self.unknown) + self.slots(col), self.turns(col)
         for block, cache in zip(self.blocks, caches, strict=True):
-            x = block.step(x, cache, at)
+            x = block.step(x, cache, at, turn)
         return self.norm(x)

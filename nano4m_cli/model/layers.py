@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nano4m_cli.model.attention import Cache, Mask, attend, attend_cached
+from nano4m_cli.model.positions import rotate
 from nano4m_cli.spec import Layout
 
 Norm = Literal["layernorm", "rmsnorm"]
@@ -67,8 +68,9 @@ class TokenTable(nn.Module):
 
     OWN = 0.05
 
-    def __init__(self, layout: Layout, width: int, std: float):
+    def __init__(self, layout: Layout, width: int, std: float, multiplier: float = 1.0):
         super().__init__()
+        self.std, self.multiplier = std, multiplier  # of all but own vectors at the start; of `weight()`
         total = int(layout.vocab_start[-1])
         self.table = nn.Parameter(torch.randn(total, width) * std)
         most = max((len(s.levels) for s in layout.specs), default=0)
@@ -88,13 +90,15 @@ class TokenTable(nn.Module):
             self.level = nn.Parameter(torch.randn(used, width) * std)
 
     def weight(self) -> Tensor:
-        """Return the (V, D) table with level vectors added."""
-        if not self.factored:
-            return self.table
-        return self.table + F.embedding_bag(self.level_row, self.level, mode="sum", padding_idx=0)
+        """Return the (V, D) table with level vectors added, times the multiplier."""
+        out = self.table
+        if self.factored:
+            out = out + F.embedding_bag(self.level_row, self.level, mode="sum", padding_idx=0)
+        return out if self.multiplier == 1 else out * self.multiplier
 
     def forward(self, rows_T: Tensor) -> Tensor:
-        """Return (T, D), rows of `weight()`, without making the others."""
+        """Return (T, D), rows of `weight()` of a table without multiplier, without making the others."""
+        assert self.multiplier == 1, self.multiplier
         own = F.embedding(rows_T, self.table)
         if not self.factored:
             return own
@@ -134,7 +138,11 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention, or cross-attention where `context` is given. (T, D) -> (T, D)."""
+    """Self-attention, or cross-attention where `context` is given. (T, D) -> (T, D).
+
+    turn, context_turn: with rope, how queries turn, and keys where they are of another row (model/positions.py). Scores
+    are divided by the square root of the head width, under muP too: widths differ in the number of heads, not in theirs.
+    """
 
     def __init__(self, cfg, out_gain: float):
         super().__init__()
@@ -146,22 +154,26 @@ class Attention(nn.Module):
         self.q_norm = make_norm(cfg.norm, cfg.head_width) if cfg.qk_norm else None
         self.k_norm = make_norm(cfg.norm, cfg.head_width) if cfg.qk_norm else None
 
-    def _qkv(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, x: Tensor, context: Tensor, turn: Tensor | None, k_turn: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         q, (k, v) = self.q(x), self.kv(context).chunk(2, -1)
         if self.q_norm is not None:
             q = self.q_norm(q.unflatten(1, (self.heads, -1))).flatten(1).to(v.dtype)
             k = self.k_norm(k.unflatten(1, (self.heads, -1))).flatten(1).to(v.dtype)
+        if turn is not None:
+            q, k = rotate(q, self.heads, turn), rotate(k, self.heads, k_turn)
         return q, k, v
 
-    def forward(self, x: Tensor, mask: Mask, context: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        q, k, v = self._qkv(x, x if context is None else context)
+    def forward(self, x: Tensor, mask: Mask, context: Tensor | None = None, cache: Cache | None = None,
+                turn: Tensor | None = None, context_turn: Tensor | None = None) -> Tensor:
+        own = context is None
+        q, k, v = self._qkv(x, x if own else context, turn, turn if own else context_turn)
         if cache is not None:
             cache.fill(k, v, mask.k)
         return self.out(attend(q, k, v, self.heads, mask, self.backend))
 
-    def step(self, x_SD: Tensor, cache: Cache, at_S: Tensor) -> Tensor:
-        """Return (S, D) for the next token of each sample, which is put into the cache at `at`."""
-        q, k, v = self._qkv(x_SD, x_SD)
+    def step(self, x_SD: Tensor, cache: Cache, at_S: Tensor, turn: Tensor | None = None) -> Tensor:
+        """Return (S, D) for the next token of each sample, which is put into the cache at `at` (its key turned)."""
+        q, k, v = self._qkv(x_SD, x_SD, turn, turn)
         cache.put(k, v, at_S)
         return self.out(attend_cached(q, cache, at_S + 1))
 
@@ -181,14 +193,15 @@ class Block(nn.Module):
         self.mlp = MLP(cfg.width, cfg.mlp, cfg.mlp_ratio, gain)
 
     def forward(
-        self, x: Tensor, mask: Mask, context: Tensor | None = None, cross_mask: Mask | None = None, cache: Cache | None = None
+        self, x: Tensor, mask: Mask, context: Tensor | None = None, cross_mask: Mask | None = None, cache: Cache | None = None,
+        turn: Tensor | None = None, context_turn: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.attn(self.norm1(x), mask, cache=cache)
+        x = x + self.attn(self.norm1(x), mask, cache=cache, turn=turn)
         if context is not None:
-            x = x + self.cross(self.query_norm(x), cross_mask, context)
+            x = x + self.cross(self.query_norm(x), cross_mask, context, turn=turn, context_turn=context_turn)
         return x + self.mlp(self.norm2(x))
 
-    def step(self, x_SD: Tensor, cache: Cache, at_S: Tensor) -> Tensor:
+    def step(self, x_SD: Tensor, cache: Cache, at_S: Tensor, turn: Tensor | None = None) -> Tensor:
         """Return (S, D) for the next token of each sample (self-attention only)."""
-        x_SD = x_SD + self.attn.step(self.norm1(x_SD), cache, at_S)
+        x_SD = x_SD + self.attn.step(self.norm1(x_SD), cache, at_S, turn)
         return x_SD + self.mlp(self.norm2(x_SD))

@@ -23,7 +23,9 @@ class MaskGIT(Stack):
             told = self.embed((self.vocab_C[m.col] + m.ids).index_select(0, at))
             x = x.index_copy(0, at, told.to(x.dtype))
         x = x + self.slots(m.col)
-        mask = Mask(m.rows, m.rows)
+        if self.rope:  # a mask has no token: its place is all that it is
+            x = x + self.places(m.col).masked_fill(m.shown[:, None], 0.0)
+        mask, turn = Mask(m.rows, m.rows), self.turns(m.col)
         for block in self.blocks:
-            x = block(x, mask)
+            x = block(x, mask, turn=turn)
         return self.norm(x).index_select(0, m.asked)

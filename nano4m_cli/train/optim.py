@@ -80,17 +80,27 @@ def build_optimizers(model: nn.Module, c: TrainConfig) -> list[torch.optim.Optim
 
     Muon (Jordan et al. 2024) takes the matrices inside encoder, decoder or stack; embeddings, heads, gains and projections
     at the borders stay with AdamW. Vectors are not decayed.
+
+    With muP (model.mup_base) rates are those of the base width. AdamW's for matrices whose inputs grow with the width are
+    divided by width / base, as table 8 of Yang et al. 2022 (arXiv:2203.03466) has it, and their decay multiplied, so that
+    rate times decay stays; tables and vectors keep theirs. Muon's needs nothing: its update has the spectral norm
+    sqrt(max(1, rows / columns)), whatever the width, which is what feature learning asks (Yang et al. 2023, arXiv:2310.17813).
     """
-    hidden, matrices, rest = [], [], []
+    grown = getattr(model, "grown", 1.0)
+    wide = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} if grown != 1 else set()
+    hidden, scaled, matrices, rest = [], [], [], []
     for name, p in model.named_parameters():
         inner = name.split(".")[0] in ("encoder", "decoder", "blocks")
         if p.ndim == 2 and inner and c.optimizer == "muon" and min(p.shape) > 16:
             hidden.append(p)
+        elif id(p) in wide:
+            scaled.append(p)
         elif p.ndim >= 2:
             matrices.append(p)
         else:
             rest.append(p)
-    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": rest, "weight_decay": 0.0},
+              {"params": scaled, "weight_decay": c.weight_decay * grown, "lr": c.lr / grown}]
     out: list[torch.optim.Optimizer] = [
         torch.optim.AdamW([g for g in groups if g["params"]], lr=c.lr, betas=c.betas, eps=1e-8, fused=True)
     ]

@@ -15,7 +15,7 @@ from nano4m_cli.config import Config
 from nano4m_cli.data._atomic import write_json
 from nano4m_cli.data.shards import npy, shard_name, write_shard
 from nano4m_cli.data.workspace import DatasetFolder, Workspace
-from nano4m_cli.rng import generator
+from nano4m_cli.rng import bits, generator
 from nano4m_cli.spec import Layout, TokenSpec
 from nano4m_cli.train.config import load_run_config
 
@@ -31,8 +31,11 @@ SPECS = [
 ]
 
 
-def make_tokens(root: Path, samples: int, specs: Sequence[TokenSpec] = SPECS) -> Workspace:
-    """Write token shards of random ids, captions of 8 to 64, as `nano4m tokenize` would; return their workspace."""
+def make_tokens(root: Path, samples: int, specs: Sequence[TokenSpec] = SPECS, classes: int = 0) -> Workspace:
+    """Write token shards of random ids, captions of 8 to 64, as `nano4m tokenize` would; return their workspace.
+
+    classes: each sample is of one of so many, which gives four in five of its ids, so that there is something to learn.
+    """
     dataset = DatasetFolder(root / "data" / "reference")
     for spec in specs:
         draw = generator(0, spec.modality)
@@ -44,6 +47,11 @@ def make_tokens(root: Path, samples: int, specs: Sequence[TokenSpec] = SPECS) ->
                 ids = [np.append(draw.integers(1, spec.vocab_size, n - 1), spec.eos) for n in lengths]
             else:
                 ids = draw.integers(0, spec.vocab_size, (len(rows), 1, spec.slots))
+            if classes:
+                own = generator(0, f"{spec.modality}/classes").integers(1, spec.vocab_size, (classes, spec.slots))
+                own = own[bits(0, "class", np.asarray(rows)) % np.uint64(classes)]
+                ids = [np.where((draw.random(row.shape) < 0.8) & (row != spec.eos), o[: row.shape[-1]], row)
+                       for row, o in zip(ids, own, strict=True)]
             members = ((f"train-{i:08d}", {f"{spec.modality}.npy": npy(row.astype(spec.dtype))})
                        for i, row in zip(rows, ids, strict=True))
             write_shard(dataset.tokens(spec.modality, "train") / shard_name(shard), members)
