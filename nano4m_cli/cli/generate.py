@@ -36,6 +36,12 @@ def command(
     run: Annotated[str | None, typer.Option("--run", metavar="RUN", help="Default: the newest run.")] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where files go.")] = None,
     n: Annotated[int | None, typer.Option("--n", "-n", min=1, metavar="N", help="How many (default: 1).")] = None,
+    best_of: Annotated[
+        int | None, typer.Option("--best-of", min=1, metavar="N", help="Draw N candidates of each sample and keep the best.")
+    ] = None,
+    rank: Annotated[
+        str | None, typer.Option("--rank", metavar="R", help="What is best: likelihood (default), cycle or judge.")
+    ] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, metavar="N", help="Samples at a time, of --requests.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="S", help="Same seed, same media.")] = None,
     scheme: Annotated[
@@ -81,17 +87,21 @@ def command(
     picture whose white is kept. Several of one M: what stands in all of them. A ramp: 1..0.2 evenly over the steps, 1..0.2^2
     as a power. Filters: temperature first, then top-k, top-p, min-p.
 
+    RANK: likelihood, of what was made given the conditions; cycle, of the conditions given what was made; judge, an
+    independent classifier's, of what the conditions name. The first candidate is what is made without --best-of.
+
     A request (a recipe, a line of --requests) has the keys from, keep, not, sample, to or chain, n, and these options; chain
     is a list of steps, each with to, given (what it sees), keep and its own options; a line may have an id.
 
-    --json: {run, out, files: [path], texts: [{modality, text}], notices: [text]}; with --requests {run, out, manifest,
-    made: [id], kept: [id], failed: [{line, id, error, hint}], samples, seconds, samples_per_s}.
+    --json: {run, out, files: [path], texts: [{modality, text}], notices: [text], best_of: {rank, scores, chosen}};
+    with --requests {run, out, manifest, made: [id], kept: [id], failed: [{line, id, error, hint}], samples, seconds,
+    samples_per_s}.
     """
     show = Show(as_json, quiet)
     options = {
         "scheme": scheme, "steps": steps, "schedule": schedule, "temperature": temperature, "noise": noise,
         "text_temperature": text_temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition": repetition,
-        "guidance": guidance, "seed": seed, "n": n, "weights": read_weights(weight or []),
+        "guidance": guidance, "seed": seed, "n": n, "best_of": best_of, "rank": rank, "weights": read_weights(weight or []),
     }
     options = {k: v for k, v in options.items() if v not in (None, {})}
     asked: dict[str, Any] = {
@@ -117,7 +127,8 @@ def command(
 
     data = load_yaml(recipe) if recipe else {}
     request = build(Request, {**data, **asked, **options}, str(recipe) if recipe else "generate")
-    report = generate_files(workspace, run, request, out, pick_device(device))
+    more = {"judges": _judges()} if {**data, **options}.get("rank") == "judge" else {}
+    report = generate_files(workspace, run, request, out, pick_device(device), **more)
     for notice in report.notices:
         show.say(f"notice: {notice}")
     for modality, text in report.texts:
@@ -127,7 +138,15 @@ def command(
     texts = [{"modality": modality, "text": text} for modality, text in report.texts]
     show.document({
         "run": report.run, "out": report.out, "files": report.files, "texts": texts, "notices": report.notices,
+        **({} if getattr(report, "best", None) is None else {"best_of": report.best}),
     })
+
+
+def _judges():
+    """Return what gives the judge of a data set's modality: it belongs to evaluation, which generation does not know."""
+    from nano4m_cli.probes._judges import judge_of
+
+    return judge_of
 
 
 def _bulk(show: Show, root, run, requests: Path, out: Path | None, options: dict[str, Any], device, batch: int | None) -> None:
@@ -141,7 +160,7 @@ def _bulk(show: Show, root, run, requests: Path, out: Path | None, options: dict
     folder = out or workspace.root / "generated" / f"{path.name}-{requests.stem}"
     with show.work() as work:
         report = generate_requests(
-            workspace, run, requests, folder, options, pick_device(device), batch or BATCH, work.progress
+            workspace, run, requests, folder, options, pick_device(device), batch or BATCH, work.progress, _judges()
         )
     for bad in report.failed:
         hint = f"; {bad['hint']}" if bad["hint"] else ""

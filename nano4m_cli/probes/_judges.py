@@ -29,6 +29,7 @@ from nano4m_cli.tokenizers.fsq_mel import Tokenizer as Mel
 
 VERSION = 6
 STEPS, BATCH, SAMPLES_PER_STEP = {"rgb": 250, "audio": 80}, 64, 40
+JUDGED = tuple(STEPS)  # modalities that a judge can see
 STRIDE = {"audio": (3, 4)}  # log-mel frames x bands; pictures: (2, 2)
 
 
@@ -120,15 +121,19 @@ class Judge:
                 progress(step, steps)
         self.net.eval()
 
-    def judge(self, raws: Sequence[Any]) -> dict[str, np.ndarray]:
-        """Return per attribute the named value's index (N, objects)."""
+    def logp(self, raws: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Return per attribute the log-probability of each value (N, objects, values)."""
         x = self._inputs(raws)
         out: dict[str, list[np.ndarray]] = {a: [] for a in self.attributes}
         with torch.inference_mode():
             for i in range(0, len(x), 256):
                 for a, ls in self._split(self.net(x[i : i + 256])).items():
-                    out[a].append(torch.stack([l.argmax(-1) for l in ls], 1).numpy())
+                    out[a].append(torch.stack([l.log_softmax(-1) for l in ls], 1).numpy())
         return {a: np.concatenate(v) for a, v in out.items()}
+
+    def judge(self, raws: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Return per attribute the named value's index (N, objects)."""
+        return {a: p.argmax(-1) for a, p in self.logp(raws).items()}
 
     def correct(self, raws: Sequence[Any], labels: Sequence[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return per attribute (objects named right, objects there), each (N,), in caption order."""
@@ -146,6 +151,12 @@ def _real(dataset: DatasetFolder, modality: str, split: str, most: int) -> tuple
     index = np.sort(permutation(len(raw), 0, "judge-samples")[:most])
     values = [kind.from_bytes(raw.read(int(i), kind.ext), kind.ext) for i in index]
     return values, [json.loads(raw.read(int(i), "labels.json")) for i in index]
+
+
+def judge_of(dataset: DatasetFolder, modality: str) -> Judge | None:
+    """Return the data set's judge of a modality, or None where there is none."""
+    able = modality in JUDGED and bool(dataset.info().determined.get(modality))
+    return open_judge(dataset, modality, lambda what, done, total: None) if able else None
 
 
 def open_judge(dataset: DatasetFolder, modality: str, progress: Callable[[str, int, int], None]) -> Judge:

@@ -8,11 +8,10 @@ from nano4m_cli.generate.sampler import GenerateOptions
 from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context
 from nano4m_cli.probes._images import absrel, angle
-from nano4m_cli.probes._judges import Judge, open_judge
+from nano4m_cli.probes._judges import JUDGED, Judge, open_judge
 from nano4m_cli.probes._result import Metric, mean_metric
 
 KIND = "eval"
-JUDGED = ("rgb", "audio")
 HEARD = 200  # samples judged by ear: phase reconstruction is the slow part
 # Depth and normals follow from the picture almost surely: their most likely value at once beats sampling.
 LIKELIEST = GenerateOptions(scheme="onepass", temperature=0.0, guidance=1.0)
