@@ -33,6 +33,8 @@ def command(
     sample: Annotated[str | None, typer.Option("--sample", metavar="KEY", help="Conditions as in this sample.")] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="YAML: a request, maybe step by step.")] = None,
     requests: Annotated[Path | None, typer.Option("--requests", metavar="FILE", help="JSONL: a request a line.")] = None,
+    ui: Annotated[bool, typer.Option("--ui", help="Open a page on this machine to try the run by hand (needs gradio).")] = False,
+    port: Annotated[int | None, typer.Option("--port", min=1, max=65535, metavar="N", help="Of --ui (default: 7860 on).")] = None,
     run: Annotated[str | None, typer.Option("--run", metavar="RUN", help="Default: the newest run.")] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where files go.")] = None,
     n: Annotated[int | None, typer.Option("--n", "-n", min=1, metavar="N", help="How many (default: 1).")] = None,
@@ -82,6 +84,7 @@ def command(
     nano4m generate --from rgb=photo.png --keep rgb:left-half --to rgb
     nano4m generate --from caption="a red cube" --not caption="a blue cube" --to rgb
     nano4m generate --requests requests.jsonl --out made
+    nano4m generate --ui
 
     PART: left-half, right-half, top-half, bottom-half, centre, border; 0.5 (the first half); 0-0.5s (sound, video); or a
     picture whose white is kept. Several of one M: what stands in all of them. A ramp: 1..0.2 evenly over the steps, 1..0.2^2
@@ -109,6 +112,15 @@ def command(
         "keep": list(keep or []), "to": names(targets), "sample": sample,
     }
     asked = {k: v for k, v in asked.items() if v}
+    if port is not None and not ui:
+        raise UsageError("--port goes with --ui")
+    if ui:
+        for name, value in (("--recipe", recipe), ("--requests", requests), ("--out", out), ("--json", as_json), *(
+                (f"--{k.replace('_', '-')}", v) for k, v in {**asked, **options}.items())):
+            if value:
+                raise UsageError("--ui asks on its page what is to be made", f"leave out {name}")
+        _page(show, root, run, device, port)
+        return
     if requests is not None:
         if recipe or asked:
             raise UsageError("--requests says itself what is asked", f"leave out --{'recipe' if recipe else next(iter(asked))}")
@@ -140,6 +152,17 @@ def command(
         "run": report.run, "out": report.out, "files": report.files, "texts": texts, "notices": report.notices,
         **({} if getattr(report, "best", None) is None else {"best_of": report.best}),
     })
+
+
+def _page(show: Show, root, run, device, port: int | None) -> None:
+    from nano4m_cli.data.workspace import Workspace
+    from nano4m_cli.generate.ui import load_gradio, serve
+    from nano4m_cli.train.run import open_run
+
+    workspace = Workspace.at(root)
+    show.say(f"run: {workspace.run(run)}")
+    load_gradio()  # before the run is read
+    serve(open_run(workspace, run, pick_device(device)), _judges(), port, lambda url: show.line(f"{url} (Ctrl-C ends it)"))
 
 
 def _judges():
