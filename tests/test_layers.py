@@ -211,7 +211,7 @@ def picture(seed: int) -> np.ndarray:
 
 def example(modality: str, seed: int = 0):
     rng = np.random.default_rng(seed)
-    if modality == "rgb":
+    if modality in ("rgb", "rgb_hi"):
         return picture(seed)
     if modality == "depth":
         return (2.5 + picture(seed)[..., 0].astype(np.float32) / 50).round(3)
@@ -238,6 +238,7 @@ def example(modality: str, seed: int = 0):
 
 SIZE = {
     "rgb": {"size": [16, 16]},
+    "rgb_hi": {"size": [16, 16]},
     "depth": {"size": [16, 16]},
     "normal": {"size": [16, 16]},
     "edges": {"size": [16, 16]},
@@ -253,7 +254,7 @@ def close(modality: str, a, b) -> bool:
     """Whether b is a as storage keeps it."""
     if MODALITIES.get(modality).kind == "text":
         return a == b
-    tolerance = {"rgb": 0, "edges": 0, "video": 0, "depth": 5.1e-4, "normal": 0.01, "audio": 1 / 16000}[modality]
+    tolerance = {"rgb": 0, "rgb_hi": 0, "edges": 0, "video": 0, "depth": 5.1e-4, "normal": 0.01, "audio": 1 / 16000}[modality]
     return a.shape == b.shape and a.dtype == b.dtype and float(np.abs(a.astype(np.float64) - b).max()) <= tolerance
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from nano4m_cli.errors import DataError
 from nano4m_cli.report import _numbers as numbers
-from nano4m_cli.report._curves import Line, _tick, ticks, y_range
+from nano4m_cli.report._curves import Line, tick, ticks, y_range
 from nano4m_cli.report._figures import bar, baseline, scales, verdict
 from nano4m_cli.report._read import Metric
 from nano4m_cli.report.build import build
@@ -404,7 +404,7 @@ def test_ticks_and_range():
     assert ticks(0, 10) == [0, 2.5, 5, 7.5, 10]
     assert ticks(0.31, 0.58) == [0.4, 0.5]
     assert ticks(2, 2) == [2]
-    assert [_tick(v) for v in (0, 0.0005, 0.00025, 0.5, 7.5, 3000, 25000, 2e6)] == [
+    assert [tick(v) for v in (0, 0.0005, 0.00025, 0.5, 7.5, 3000, 25000, 2e6)] == [
         "0", "5e-4", "2.5e-4", "0.5", "7.5", "3000", "25k", "2M"]
     train = Line("train", "train", [(0, 8.0), (10, 2.0)])
     assert y_range([train]) == pytest.approx((0, 8.4))

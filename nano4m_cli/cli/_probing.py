@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,28 @@ def list_probes(show: Show, kind: str) -> None:
 
 def run_probes(
     show: Show, kind: str, root: Path | None, run: str | None, probes: list[str], split: str | None,
-    limit: int | None, device: DeviceName,
+    limit: int | None, device: DeviceName, settings: Sequence[str] = (),
 ) -> None:
     from nano4m_cli.data.workspace import Workspace
 
     workspace = Workspace.at(root)
     show.say(f"run: {workspace.run(run)}")
     from nano4m_cli.probes._evaluate import evaluate
+    from nano4m_cli.report._tradeoffs import tables
 
     with show.work() as work:
-        done = evaluate(workspace, run, probes, split, limit, kind=kind, progress=work.progress, device=pick_device(device))
+        more = {"settings": settings} if settings else {}
+        done = evaluate(
+            workspace, run, probes, split, limit, kind=kind, progress=work.progress, device=pick_device(device), **more
+        )
     for result in done.results:
         show.line(f"{result.probe}: {result.title}")
-        show.table(HEAD, [_row(m) for m in result.metrics])
+        plain = [m for m in result.metrics if m.setting is None]
+        if plain:
+            show.table(HEAD, [_row(m) for m in plain])
+        for table in tables(result.metrics):
+            show.line(table.subject)
+            show.table([*table.keys, *table.columns], [[*row.setting, *map(_cell, row.cells)] for row in table.rows])
         for note in result.notes:
             show.say(f"notice: {result.probe}: {note}")
         show.line("")
@@ -44,6 +54,12 @@ def run_probes(
     show.document({
         "run": done.run, "report": done.report, "files": done.files, "skipped": done.skipped, "results": done.results,
     })
+
+
+def _cell(metric: Any) -> str:
+    if metric is None or metric.value is None:
+        return "-"
+    return f"{metric.value:.4g}" + ("" if metric.ci95 is None or metric.n < 2 else " ({:.4g} .. {:.4g})".format(*metric.ci95))
 
 
 def _row(metric: Any) -> list[Any]:

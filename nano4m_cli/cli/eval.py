@@ -12,8 +12,12 @@ from nano4m_cli.cli._show import Show
 
 
 def command(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="P.KEY=VALUE", help="Options of a probe, where not the default.")
+    ] = None,
     probe: Annotated[
-        list[str] | None, typer.Option("--probe", "-p", metavar="P", help="Which one (repeatable; default: all).")
+        list[str] | None,
+        typer.Option("--probe", "-p", metavar="P", help="Which one (repeatable; default: all but the costly: decoding)."),
     ] = None,
     run: Annotated[str | None, typer.Option("--run", metavar="RUN", help="Default: the newest run.")] = None,
     split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Default: test.")] = None,
@@ -29,6 +33,7 @@ def command(
     \b
     nano4m eval
     nano4m eval --probe retrieval --limit 200
+    nano4m eval --probe decoding decoding.direction="caption->rgb"
 
     --json: {run, report, files, skipped: {PROBE: reason}, results: [{probe, title, metrics: [{name, value, n, ci95,
     chance, ...}], notes, ...}]}; with --list {probes: {NAME: summary}}.
@@ -37,4 +42,4 @@ def command(
     if list_:
         list_probes(show, "eval")
     else:
-        run_probes(show, "eval", root, run, names(probe), split, limit, device)
+        run_probes(show, "eval", root, run, names(probe), split, limit, device, settings or [])

@@ -33,9 +33,17 @@ def command(
     sample: Annotated[str | None, typer.Option("--sample", metavar="KEY", help="Conditions as in this sample.")] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="YAML: a request, maybe step by step.")] = None,
     requests: Annotated[Path | None, typer.Option("--requests", metavar="FILE", help="JSONL: a request a line.")] = None,
+    ui: Annotated[bool, typer.Option("--ui", help="Open a page on this machine to try the run by hand (needs gradio).")] = False,
+    port: Annotated[int | None, typer.Option("--port", min=1, max=65535, metavar="N", help="Of --ui (default: 7860 on).")] = None,
     run: Annotated[str | None, typer.Option("--run", metavar="RUN", help="Default: the newest run.")] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where files go.")] = None,
     n: Annotated[int | None, typer.Option("--n", "-n", min=1, metavar="N", help="How many (default: 1).")] = None,
+    best_of: Annotated[
+        int | None, typer.Option("--best-of", min=1, metavar="N", help="Draw N candidates of each sample and keep the best.")
+    ] = None,
+    rank: Annotated[
+        str | None, typer.Option("--rank", metavar="R", help="What is best: likelihood (default), cycle or judge.")
+    ] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, metavar="N", help="Samples at a time, of --requests.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="S", help="Same seed, same media.")] = None,
     scheme: Annotated[
@@ -76,22 +84,27 @@ def command(
     nano4m generate --from rgb=photo.png --keep rgb:left-half --to rgb
     nano4m generate --from caption="a red cube" --not caption="a blue cube" --to rgb
     nano4m generate --requests requests.jsonl --out made
+    nano4m generate --ui
 
     PART: left-half, right-half, top-half, bottom-half, centre, border; 0.5 (the first half); 0-0.5s (sound, video); or a
     picture whose white is kept. Several of one M: what stands in all of them. A ramp: 1..0.2 evenly over the steps, 1..0.2^2
     as a power. Filters: temperature first, then top-k, top-p, min-p.
 
+    RANK: likelihood, of what was made given the conditions; cycle, of the conditions given what was made; judge, an
+    independent classifier's, of what the conditions name. The first candidate is what is made without --best-of.
+
     A request (a recipe, a line of --requests) has the keys from, keep, not, sample, to or chain, n, and these options; chain
     is a list of steps, each with to, given (what it sees), keep and its own options; a line may have an id.
 
-    --json: {run, out, files: [path], texts: [{modality, text}], notices: [text]}; with --requests {run, out, manifest,
-    made: [id], kept: [id], failed: [{line, id, error, hint}], samples, seconds, samples_per_s}.
+    --json: {run, out, files: [path], texts: [{modality, text}], notices: [text], best_of: {rank, scores, chosen}};
+    with --requests {run, out, manifest, made: [id], kept: [id], failed: [{line, id, error, hint}], samples, seconds,
+    samples_per_s}.
     """
     show = Show(as_json, quiet)
     options = {
         "scheme": scheme, "steps": steps, "schedule": schedule, "temperature": temperature, "noise": noise,
         "text_temperature": text_temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition": repetition,
-        "guidance": guidance, "seed": seed, "n": n, "weights": read_weights(weight or []),
+        "guidance": guidance, "seed": seed, "n": n, "best_of": best_of, "rank": rank, "weights": read_weights(weight or []),
     }
     options = {k: v for k, v in options.items() if v not in (None, {})}
     asked: dict[str, Any] = {
@@ -99,6 +112,15 @@ def command(
         "keep": list(keep or []), "to": names(targets), "sample": sample,
     }
     asked = {k: v for k, v in asked.items() if v}
+    if port is not None and not ui:
+        raise UsageError("--port goes with --ui")
+    if ui:
+        for name, value in (("--recipe", recipe), ("--requests", requests), ("--out", out), ("--json", as_json), *(
+                (f"--{k.replace('_', '-')}", v) for k, v in {**asked, **options}.items())):
+            if value:
+                raise UsageError("--ui asks on its page what is to be made", f"leave out {name}")
+        _page(show, root, run, device, port)
+        return
     if requests is not None:
         if recipe or asked:
             raise UsageError("--requests says itself what is asked", f"leave out --{'recipe' if recipe else next(iter(asked))}")
@@ -117,7 +139,8 @@ def command(
 
     data = load_yaml(recipe) if recipe else {}
     request = build(Request, {**data, **asked, **options}, str(recipe) if recipe else "generate")
-    report = generate_files(workspace, run, request, out, pick_device(device))
+    more = {"judges": _judges()} if {**data, **options}.get("rank") == "judge" else {}
+    report = generate_files(workspace, run, request, out, pick_device(device), **more)
     for notice in report.notices:
         show.say(f"notice: {notice}")
     for modality, text in report.texts:
@@ -127,7 +150,26 @@ def command(
     texts = [{"modality": modality, "text": text} for modality, text in report.texts]
     show.document({
         "run": report.run, "out": report.out, "files": report.files, "texts": texts, "notices": report.notices,
+        **({} if getattr(report, "best", None) is None else {"best_of": report.best}),
     })
+
+
+def _page(show: Show, root, run, device, port: int | None) -> None:
+    from nano4m_cli.data.workspace import Workspace
+    from nano4m_cli.generate.ui import load_gradio, serve
+    from nano4m_cli.train.run import open_run
+
+    workspace = Workspace.at(root)
+    show.say(f"run: {workspace.run(run)}")
+    load_gradio()  # before the run is read
+    serve(open_run(workspace, run, pick_device(device)), _judges(), port, lambda url: show.line(f"{url} (Ctrl-C ends it)"))
+
+
+def _judges():
+    """Return what gives the judge of a data set's modality: it belongs to evaluation, which generation does not know."""
+    from nano4m_cli.probes._judges import judge_of
+
+    return judge_of
 
 
 def _bulk(show: Show, root, run, requests: Path, out: Path | None, options: dict[str, Any], device, batch: int | None) -> None:
@@ -141,7 +183,7 @@ def _bulk(show: Show, root, run, requests: Path, out: Path | None, options: dict
     folder = out or workspace.root / "generated" / f"{path.name}-{requests.stem}"
     with show.work() as work:
         report = generate_requests(
-            workspace, run, requests, folder, options, pick_device(device), batch or BATCH, work.progress
+            workspace, run, requests, folder, options, pick_device(device), batch or BATCH, work.progress, _judges()
         )
     for bad in report.failed:
         hint = f"; {bad['hint']}" if bad["hint"] else ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BeforeValidator, Field
 
+from nano4m_cli.data._atomic import write_json
 from nano4m_cli.data.shards import Split
 from nano4m_cli.data.sheet import write_sheet
 from nano4m_cli.data.workspace import DatasetFolder, Workspace
 from nano4m_cli.errors import DataError, UnknownNameError, UsageError, did_you_mean
+from nano4m_cli.generate import best
 from nano4m_cli.generate.conditions import fitted, kept_slots, veiled
 from nano4m_cli.generate.options import GenerateOptions, resolve
 from nano4m_cli.generate.sampler import chains
@@ -68,6 +71,7 @@ class Request(GenerateOptions):
     from: per modality a file's path or text; None takes the modality from `sample`, a sample's key; without any, a sample
     gives all its modalities but the targets. keep: parts of them (several of a modality: what all hold); the rest of one
     that is asked for is made. not: conditions to move away from. to: targets in order; or chain, steps. n: samples.
+    best_of: candidates that are drawn of each sample; the best by `rank` stays (generate/best.py).
     """
 
     conditions: dict[str, str | None] = Field({}, alias="from")
@@ -77,6 +81,8 @@ class Request(GenerateOptions):
     to: Names = ()
     chain: tuple[Step, ...] = ()
     n: int = Field(1, ge=1)
+    best_of: int = Field(1, ge=1)
+    rank: best.Rank = "likelihood"
 
     @property
     def course(self) -> tuple[Step, ...]:
@@ -106,42 +112,56 @@ class Prepared:
     kept: dict[str, np.ndarray]
     truth: dict[str, Any]
     notices: list[str]
+    claims: best.Claims = field(default_factory=dict)  # for rank "judge"
 
 
 @dataclass
 class GenerateReport:
-    """What was written: files, texts by modality, and notices on what was done to the input."""
+    """What was written: files, texts by modality, and notices on what was done to the input.
+
+    best: of candidates: rank, their scores per sample, and which was chosen.
+    """
 
     run: str
     out: Path
     files: list[Path] = field(default_factory=list)
     texts: list[tuple[str, str]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    best: dict[str, Any] | None = None
 
 
 def generate_files(
-    workspace: Workspace, run_name: str | None, request: Request, out: Path | None = None, device: str = "cpu"
+    workspace: Workspace, run_name: str | None, request: Request, out: Path | None = None, device: str = "cpu",
+    judges: Callable[[DatasetFolder, str], best.Judge | None] | None = None,
 ) -> GenerateReport:
-    """Generate what a request asks for and write it (default: into generated/RUN of the workspace)."""
-    studio = Studio(open_run(workspace, run_name, device))
+    """Generate what a request asks for and write it (default: into generated/RUN of the workspace).
+
+    Args:
+        judges: gives the judge of a data set's modality, for best_of by judge.
+    """
+    studio = Studio(open_run(workspace, run_name, device), judges)
     (made,) = studio.make([studio.prepare(request)])
     return studio.write(made, out or workspace.root / "generated" / studio.run.name)
 
 
 @dataclass
 class Made:
-    """A request's samples: per target raw values and ids."""
+    """A request's samples: per target raw values and ids; of candidates their scores (n, best_of) and who was chosen (n,)."""
 
     prepared: Prepared
     raws: dict[str, list[Any]]
     ids: dict[str, list[np.ndarray]]
+    scores: np.ndarray | None = None
+    chosen: np.ndarray | None = None
+    notices: list[str] = field(default_factory=list)
 
 
 class Studio:
     """A run with the tokenizers of what is asked of it."""
 
-    def __init__(self, run: OpenRun):
+    def __init__(self, run: OpenRun, judges: Callable[[DatasetFolder, str], best.Judge | None] | None = None):
         self.run, self.layout = run, run.layout
+        self.judges: best.Judges | None = None if judges is None else cache(lambda name: judges(run.dataset, name))
         self.sizes = run.dataset.info().sizes
         self.spec = {s.modality: s for s in run.layout.specs}
         self.tokenizer = cache(self._tokenizer)
@@ -176,6 +196,8 @@ class Studio:
         if not targets or (request.to and request.chain):
             raise UsageError("nothing to generate" if not targets else "both 'to' and 'chain' say what to generate",
                              "name at least one modality with --to")
+        if "rank" in request.model_fields_set and "best_of" not in request.model_fields_set:
+            raise UsageError("rank chooses among candidates, and there is but one", "say how many to draw: --best-of 4")
         regions: dict[str, list[str]] = {}
         for name, region in request.keep:
             regions.setdefault(name, []).append(region)
@@ -203,7 +225,45 @@ class Studio:
             ids = self.tokenizer(name).encode([self._adapt(out, name, raw)], [f"--not {name}"])[0]
             put(self.layout, out.away_ids_C, out.away_C, name, ids)
         self._stages(out, steps, [c for c in conditions if c not in targets])
+        if request.best_of > 1:
+            {"likelihood": lambda out: None, "cycle": self._check_cycle, "judge": self._claim}[request.rank](out)
         return out
+
+    def _check_cycle(self, out: Prepared) -> None:
+        """Raise UsageError where nothing can be asked back of what is made; say where training never asked it."""
+        targets = list(dict.fromkeys(out.request.targets))
+        back = [c for c in out.raws if not (c in targets and self.spec[c].kind == "sequence")]
+        if not back:
+            raise UsageError("rank cycle: there is no condition to score", "choose --rank likelihood")
+        for name in back:
+            if not self.run.model.reads([t for t in targets if t != name], name):
+                raise UsageError(f"rank cycle: this run cannot tell {name} from {', '.join(targets)}", "choose --rank likelihood")
+            if name in targets or name in out.kept:
+                continue
+            if self.run.directions.get(way := direction(targets, name, self.layout.names), 0.0) < IN_DISTRIBUTION:
+                out.notices.append(f"rank cycle asks {way}, which was (almost) never posed in training: its scores tell little")
+
+    def _claim(self, out: Prepared) -> None:
+        """Find what the conditions say of the things that a judge names; a UsageError where there is nothing to judge."""
+        judges, info = best.need_judges(self.judges, out.request.targets), self.run.dataset.info()
+        if out.request.sample and all(v is None for v in out.request.conditions.values()):
+            objects = find_labels(self.run.dataset, out.request.sample).get("objects", [])
+            out.claims = best.claims_of_labels(info, list(out.raws), objects)
+        else:
+            for name, raw in out.raws.items():
+                if self.kind(name).kind == "text":
+                    said = best.claims_of_text(info, raw)
+                elif (judge := self.judges(name)) is not None:
+                    said = best.claims_of_media(judge, raw)
+                    out.notices.append(f"rank judge compares the first object of {name} only")
+                else:
+                    continue
+                out.claims = {**said, **out.claims}
+        seen = {a for judge in judges.values() for a in judge.attributes}
+        if not seen & set(out.claims):
+            raise UsageError(
+                f"rank judge: the conditions name none of {', '.join(sorted(seen))}", "choose --rank likelihood or --rank cycle"
+            )
 
     def _check_targets(self, request: Request, regions: Mapping[str, Sequence[str]]) -> None:
         """Raise UsageError where a target is known already when its step begins."""
@@ -294,14 +354,23 @@ class Studio:
 
     def make(self, requests: Sequence[Prepared], batch: int = 128) -> list[Made]:
         """Return the samples of several requests, made together; each as it would be alone."""
-        owner = np.repeat(np.arange(len(requests)), [r.request.n for r in requests])
-        number = np.concatenate([np.arange(r.request.n) for r in requests])
+        best_of = np.array([r.request.best_of for r in requests])
+        owner = np.repeat(np.arange(len(requests)), [r.request.n for r in requests] * best_of)
+        number = np.concatenate([np.repeat(np.arange(r.request.n), k) for r, k in zip(requests, best_of, strict=True)])
+        which = np.concatenate([np.tile(np.arange(k), r.request.n) for r, k in zip(requests, best_of, strict=True)])
         rows = lambda what: np.stack([getattr(requests[i], what) for i in owner])  # noqa: E731
         state = State(rows("ids_C"), rows("known_C"), number)
         if any(r.away_C.any() for r in requests):
             state.away_ids_BC, state.away_BC = rows("away_ids_C"), rows("away_C")
-        chains(self.run.model, state, [requests[i].stages for i in owner], batch)
-        out = [Made(r, {}, {}) for r in requests]
+        stages = [best.candidate(requests[i].stages, j) for i, j in zip(owner, which, strict=True)]
+        chains(self.run.model, state, stages, batch)
+        out = [Made(r, {}, {}, notices=list(r.notices)) for r in requests]
+        stay = np.ones(len(owner), dtype=bool)
+        for i in np.flatnonzero(best_of > 1):
+            mine = np.flatnonzero(owner == i)
+            self._choose(out[i], state.rows(mine), [stages[row] for row in mine], batch)
+            stay[mine] = (which[mine].reshape(-1, best_of[i]) == out[i].chosen[:, None]).reshape(-1)
+        state, owner = state.rows(np.flatnonzero(stay)), owner[stay]
         for target in self.layout.names:
             wanted = np.flatnonzero([target in requests[i].request.targets for i in owner])
             if len(wanted):
@@ -312,11 +381,38 @@ class Studio:
                     made.ids.setdefault(target, []).append(take(self.layout, state, row, target))
         return out
 
+    def _choose(self, made: Made, state: State, stages: Sequence[Sequence[Stage]], batch: int) -> None:
+        """Score the candidates of a request; of equal ones the first is the best."""
+        prepared, request = made.prepared, made.prepared.request
+        if request.rank == "judge":
+            judges = best.need_judges(self.judges, request.targets).items()
+            parts = [
+                best.agreement(judge, state.decode(self.layout, target, self.tokenizer(target), batch), prepared.claims)
+                for target, judge in judges if set(judge.attributes) & set(prepared.claims)
+            ]
+            scores = np.mean(parts, 0, dtype=np.float64)
+        else:
+            known = np.broadcast_to(prepared.known_C, state.known_BC.shape)
+            scores = {"likelihood": best.likelihood, "cycle": best.cycle}[request.rank](self.run.model, state, known, stages)
+        made.scores = scores.reshape(request.n, request.best_of)
+        made.chosen = made.scores.argmax(1)
+        columns = np.isin(self.layout.modality_C, [self.layout.names.index(t) for t in request.targets])
+        ids = np.where(state.known_BC, state.ids_BC, -1)[:, columns].reshape(request.n, request.best_of, -1)
+        if (ids == ids[:, :1]).all():
+            made.notices.append(
+                f"all {request.best_of} candidates are equal, so there was nothing to choose: these options leave nothing to chance"
+            )
+
     def write(self, made: Made, out: Path) -> GenerateReport:
         """Write every output, its ids, and a sheet of condition | output | truth."""
         prepared = made.prepared
-        report = GenerateReport(self.run.name, out, notices=prepared.notices)
+        report = GenerateReport(self.run.name, out, notices=made.notices)
         out.mkdir(parents=True, exist_ok=True)
+        if made.scores is not None:
+            scores = np.round(made.scores, 6).tolist()
+            report.best = {"rank": prepared.request.rank, "scores": scores, "chosen": made.chosen.tolist()}
+            write_json(out / "best_of.json", report.best)
+            report.files.append(out / "best_of.json")
         targets, n, truth = list(dict.fromkeys(prepared.request.targets)), prepared.request.n, prepared.truth
         given, rows = dict(self._given(prepared, targets)), []
         for row in range(n):
@@ -351,17 +447,27 @@ class Studio:
 
 def find_sample(dataset: DatasetFolder, key: str, modalities: Sequence[str]) -> dict[str, Any]:
     """Return the raw values of a sample by key, from any split (brought tokens have none)."""
-    info = dataset.info()
-    for split, count in info.splits.items():
+    info, read = dataset.info(), find_members(dataset, key)
+    kinds = [MODALITIES.get(m) for m in modalities if m not in info.brought]
+    return {k.name: k.from_bytes(read(k.ext), f"{key}.{k.ext}") for k in kinds}
+
+
+def find_labels(dataset: DatasetFolder, key: str) -> dict[str, Any]:
+    """Return labels.json of a sample by key, from any split."""
+    return json.loads(find_members(dataset, key)("labels.json"))
+
+
+def find_members(dataset: DatasetFolder, key: str) -> Callable[[str], bytes]:
+    """Return what reads a member of a sample by extension; the sample is of any split."""
+    for split, count in dataset.info().splits.items():
         if not count:
             continue
         shards = Split(dataset.raw(split))
         for shard in shards.shards:
             if key in shard.keys:
                 i = shard.keys.index(key)
-                kinds = [MODALITIES.get(m) for m in modalities if m not in info.brought]
-                return {k.name: k.from_bytes(shard.read(i, k.ext), f"{key}.{k.ext}") for k in kinds}
-    example = Split(dataset.raw("test" if info.splits.get("test") else split)).shards[0].keys[0]
+                return lambda ext: shard.read(i, ext)
+    example = Split(dataset.raw("test" if dataset.info().splits.get("test") else split)).shards[0].keys[0]
     raise DataError(f"data set '{dataset.name}' has no sample '{key}'", f"a key reads like '{example}'")
 
 

@@ -18,8 +18,9 @@ from typing import Any
 
 from nano4m_cli.config import build
 from nano4m_cli.data._atomic import atomic_file, atomic_folder, write_json
-from nano4m_cli.data.workspace import Workspace
+from nano4m_cli.data.workspace import DatasetFolder, Workspace
 from nano4m_cli.errors import DataError, Nano4MError, UsageError
+from nano4m_cli.generate.best import Judge
 from nano4m_cli.generate.command import GenerateReport, Prepared, Request, Studio
 from nano4m_cli.train.run import open_run
 
@@ -116,13 +117,15 @@ def _identity(given: Any, taken: Mapping[str, int]) -> str:
 def generate_requests(
     workspace: Workspace, run_name: str | None, path: Path, out: Path, defaults: Mapping[str, Any], device: str = "cpu",
     batch: int = BATCH, progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    judges: Callable[[DatasetFolder, str], Judge | None] | None = None,
 ) -> BulkReport:
     """Make the requests of a file that are not made yet, `batch` samples at a time, and write the manifest.
 
-    Those with the same targets and options stand together; conditions and seeds mix in every batch.
+    Those with the same targets and options stand together; conditions and seeds mix in every batch. Candidates of --best-of
+    count as samples of a batch.
     """
     lines = read_requests(path, defaults)
-    studio = Studio(open_run(workspace, run_name, device))
+    studio = Studio(open_run(workspace, run_name, device), judges)
     report = BulkReport(studio.run.name, out, out / "manifest.jsonl")
     out.mkdir(parents=True, exist_ok=True)
     for left in (*out.glob(".*.part"), *out.glob(".*.old")):  # of a run that was killed
@@ -185,9 +188,11 @@ def _make(studio: Studio, part: Sequence[Line], out: Path, batch: int) -> Iterat
 
 
 def _entry(report: GenerateReport, request: Request) -> dict[str, Any]:
+    ranked = {} if report.best is None else {"best_of": report.best}
     return {
         "files": [f.name for f in report.files], "samples": request.n, "seed": request.seed,
         "texts": [{"modality": m, "text": t} for m, t in report.texts], "notices": report.notices,
+        **ranked,
     }
 
 
@@ -206,7 +211,7 @@ def _alike(request: Request, all_of_it: bool = False) -> dict[str, Any]:
     """Return what two requests must have in common to go through every stage together (all_of_it: the whole request)."""
     return request.model_dump(
         mode="json", by_alias=True, exclude_unset=all_of_it,
-        exclude=None if all_of_it else {"conditions", "away", "keep", "sample", "n", "seed"},
+        exclude=None if all_of_it else {"conditions", "away", "keep", "sample", "n", "seed", "best_of", "rank"},
     )
 
 
@@ -240,9 +245,13 @@ def _parts(lines: Sequence[Line], batch: int) -> Iterator[list[Line]]:
     """Yield runs of lines of at most `batch` samples (one with more is alone)."""
     part: list[Line] = []
     for line in lines:
-        if part and sum(x.request.n for x in part) + line.request.n > batch:
+        if part and sum(map(_drawn, part)) + _drawn(line) > batch:
             yield part
             part = []
         part.append(line)
     if part:
         yield part
+
+
+def _drawn(line: Line) -> int:
+    return line.request.n * line.request.best_of

@@ -5,14 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+from nano4m_cli.config import Config
 from nano4m_cli.probes._context import Context
 from nano4m_cli.probes._result import Metric
 
 
 class Probe(ABC):
-    """Measures one thing. A change of what a figure means raises `version`."""
+    """Measures one thing. A change of what a figure means raises `version`. costly: it runs only where it is named."""
+
+    class Options(Config):
+        pass
 
     version: ClassVar[int] = 1
+    costly: ClassVar[bool] = False
+
+    def __init__(self, options: Config | None = None):
+        self.options = options or self.Options()
 
     def missing(self, context: Context) -> str | None:
         """Return what run or data set lack for this probe, or None."""

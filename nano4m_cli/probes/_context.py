@@ -15,6 +15,7 @@ from nano4m_cli.data.loader import TokenData
 from nano4m_cli.data.shards import Split
 from nano4m_cli.data.sources._base import DatasetInfo
 from nano4m_cli.errors import DataError
+from nano4m_cli.generate.likelihood import CHUNK, chunk_size, slot_nll
 from nano4m_cli.generate.sampler import GenerateOptions, State, chain, resolve
 from nano4m_cli.masking._mixture import IN_DISTRIBUTION, direction
 from nano4m_cli.model.batch import Packed, pack
@@ -22,9 +23,6 @@ from nano4m_cli.probes._result import Direction
 from nano4m_cli.registry import MODALITIES
 from nano4m_cli.tokenizers._base import Tokenizer, open_tokenizer
 from nano4m_cli.train.run import OpenRun, check_specs
-
-CHUNK = 100  # samples per encoder batch, at most
-LOGITS = 1 << 26  # logits held at once
 
 
 class Context:
@@ -167,26 +165,13 @@ class Context:
 
     def slot_nll(self, shown_NC: np.ndarray, asked_NC: np.ndarray) -> np.ndarray:
         """Return (N, C): -log p in nats of each asked slot (NaN elsewhere)."""
-        out = np.full(asked_NC.shape, np.nan)
-        chunk = self._chunk(asked_NC)
-        for a in range(0, self.n, chunk):
-            rows = slice(a, a + chunk)
-            asked = self.inside_NC[rows] & ~shown_NC[rows] if self.model.wholly else asked_NC[rows]
-            packed = self.pack(self.ids_NC[rows], shown_NC[rows], asked)
-            with torch.inference_mode():
-                out[rows][asked] = self.model.nll(packed).cpu().numpy()
-        return np.where(asked_NC, out, np.nan)
-
-    def _chunk(self, asked_NC: np.ndarray) -> int:
-        """Return how many samples are asked at once: their logits stay in bounds where vocabularies are large."""
-        vocab_C = np.array([v for _, _, v in self.layout.groups])[self.layout.group_C]
-        return int(np.clip(LOGITS // max(int((asked_NC * vocab_C).sum(1).max(initial=1)), 1), 1, CHUNK))
+        return slot_nll(self.model, self.ids_NC, shown_NC, asked_NC, self.inside_NC)
 
     def candidate_logp(self, shown_NC: np.ndarray, target: str, ids_MS: np.ndarray) -> np.ndarray:
         """Return (n, M) fp32 for the first n samples: log p of each candidate's ids of a grid or codes target, asked whole
         at once, slot by slot independent."""
         columns, parts = self.columns(target), []
-        chunk = self._chunk(columns[None])
+        chunk = chunk_size(self.layout, columns[None])
         for a in range(0, len(shown_NC), chunk):
             rows = slice(a, a + chunk)
             shown = shown_NC[rows]

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nano4m_cli.config import apply_overrides, build
 from nano4m_cli.data._atomic import write_json
 from nano4m_cli.data.workspace import Workspace
-from nano4m_cli.errors import DataError, UnknownNameError
+from nano4m_cli.errors import DataError, UnknownNameError, did_you_mean
 from nano4m_cli.probes._context import Context
 from nano4m_cli.probes._result import Result
 from nano4m_cli.registry import PROBES
@@ -46,26 +47,34 @@ def listing(kind: str) -> dict[str, str]:
 def evaluate(
     workspace: Workspace, run_name: str | None, probes: Sequence[str] = (), split: str | None = None,
     limit: int | None = None, kind: str = "eval", progress: Progress | None = None, seed: int = 0,
-    device: str = "cpu",
+    device: str = "cpu", settings: Sequence[str] = (),
 ) -> EvalReport:
-    """Run the named probes (default: all of the kind), write eval/<probe>.json each, the gallery and the report.
+    """Run the named probes (default: all of the kind but costly ones), write eval/<probe>.json each, the gallery and the report.
 
     The same checkpoint, split and limit give the same files. A probe that the data set or run cannot serve is left
     out with its reason, unless it was named: then that reason is the error.
+
+    Args:
+        settings: "PROBE.KEY=VALUE", options of the probes that are run.
     """
     progress = progress or (lambda what, done, total: None)
     known = listing(kind)
     for name in probes:
         if name not in known:
             raise UnknownNameError.of("probe", name, known)
+    wanted = list(dict.fromkeys(probes)) or [n for n in known if not PROBES.get(n).costly]
+    options = apply_overrides({}, settings)
+    for name in options:
+        if name not in wanted:
+            raise UnknownNameError(f"settings of '{name}', which is no probe of this evaluation", did_you_mean(name, wanted))
+    made = {n: PROBES.get(n)(build(PROBES.get(n).Options, options.get(n, {}), n)) for n in wanted}
     run = open_run(workspace, run_name, device)
     context = Context(run, split or _held_out(run), limit, seed, progress)
     report = EvalReport(run.name)
     folder = run.path / "eval"
-    wanted = list(dict.fromkeys(probes)) or list(known)
     for i, name in enumerate(wanted):
         progress(f"probe {name}", i, len(wanted))
-        probe = PROBES.get(name)()
+        probe = made[name]
         lack = probe.missing(context)
         if lack:
             if probes:
@@ -80,7 +89,7 @@ def evaluate(
         result = Result(
             probe=name, version=probe.version, title=PROBES.summary(name), split=context.split, seed=seed, run=run.name,
             checkpoint=run.checkpoint.name, data=run.dataset.name, commit=commit(), metrics=metrics, in_distribution=posed,
-            notes=notes, settings={"limit": limit, "samples": context.n},
+            notes=notes, settings={"limit": limit, "samples": context.n, **({"options": " ".join(settings)} if settings else {})},
         )
         path = folder / f"{name}.json"
         write_json(path, result.model_dump(mode="json"))
@@ -91,9 +100,9 @@ def evaluate(
         from nano4m_cli.probes._gallery import write_gallery
 
         report.files.append(write_gallery(context, folder / "gallery"))
-    from nano4m_cli.report.build import build
+    from nano4m_cli.report.build import build as build_report
 
-    report.report = build(run.path)
+    report.report = build_report(run.path)
     return report
 
 

@@ -29,6 +29,8 @@ from nano4m_cli.tokenizers.fsq_mel import Tokenizer as Mel
 
 VERSION = 6
 STEPS, BATCH, SAMPLES_PER_STEP = {"rgb": 250, "audio": 80}, 64, 40
+SEEN_BY = {"rgb": "rgb", "rgb_hi": "rgb", "audio": "audio"}  # which judge sees a modality; the larger picture made as small
+JUDGED = tuple(SEEN_BY)
 STRIDE = {"audio": (3, 4)}  # log-mel frames x bands; pictures: (2, 2)
 
 
@@ -45,11 +47,15 @@ class Net(nn.Module):
                                              nn.Conv2d(b, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()))
         self.head = nn.Sequential(nn.Linear(4 * width * 16, 192), nn.ReLU(), nn.Linear(192, outputs))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
+        """Return (B, 192): what the last layer reads."""
         x = F.relu(self.stem(x))
         for stage in self.stages:
             x = stage(x)
-        return self.head(F.adaptive_avg_pool2d(x, (4, 4)).flatten(1))
+        return self.head[:-1](F.adaptive_avg_pool2d(x, (4, 4)).flatten(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head[-1](self.features(x))
 
 
 def degrade(x: Tensor, g: torch.Generator) -> Tensor:
@@ -67,6 +73,7 @@ class Judge:
 
     def __init__(self, modality: str, attributes: dict[str, list[str]], objects: int, mel: Mel | None):
         self.modality, self.attributes, self.objects, self.mel = modality, attributes, objects, mel
+        self.size: tuple[int, int] | None = None  # of the pictures it was trained on
         self.outputs = objects * sum(len(v) for v in attributes.values())
 
     def new_net(self, channels: int) -> Net:
@@ -77,8 +84,10 @@ class Judge:
             mel = torch.cat([self.mel.log_mel(np.stack([self.mel.comparable(r) for r in raws[i : i + 8]]))
                              for i in range(0, len(raws), 8)])
             return ((mel - 1.0) / 4.0)[:, None].contiguous()  # (B, 1, frames, mels)
-        x = np.stack(raws).astype(np.float32)
-        return torch.from_numpy((x / 255.0 - 0.5) * 2.0).permute(0, 3, 1, 2).contiguous()
+        x = torch.from_numpy((np.stack(raws).astype(np.float32) / 255.0 - 0.5) * 2.0).permute(0, 3, 1, 2)
+        if self.size is not None and tuple(x.shape[2:]) != self.size:
+            x = F.adaptive_avg_pool2d(x, self.size)
+        return x.contiguous()
 
     def _split(self, out: Tensor) -> dict[str, list[Tensor]]:
         """Return logits per attribute, a list over objects."""
@@ -120,15 +129,30 @@ class Judge:
                 progress(step, steps)
         self.net.eval()
 
-    def judge(self, raws: Sequence[Any]) -> dict[str, np.ndarray]:
-        """Return per attribute the named value's index (N, objects)."""
+    def logp(self, raws: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Return per attribute the log-probability of each value (N, objects, values)."""
         x = self._inputs(raws)
         out: dict[str, list[np.ndarray]] = {a: [] for a in self.attributes}
         with torch.inference_mode():
             for i in range(0, len(x), 256):
                 for a, ls in self._split(self.net(x[i : i + 256])).items():
-                    out[a].append(torch.stack([l.argmax(-1) for l in ls], 1).numpy())
+                    out[a].append(torch.stack([l.log_softmax(-1) for l in ls], 1).numpy())
         return {a: np.concatenate(v) for a, v in out.items()}
+
+    @property
+    def width(self) -> int:
+        """How many features there are."""
+        return self.net.head[-1].in_features
+
+    def features(self, raws: Sequence[Any]) -> np.ndarray:
+        """Return (N, width) fp64: what the judge sees before it names anything."""
+        x = self._inputs(raws)
+        with torch.inference_mode():
+            return torch.cat([self.net.features(x[i : i + 256]) for i in range(0, len(x), 256)]).double().numpy()
+
+    def judge(self, raws: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Return per attribute the named value's index (N, objects)."""
+        return {a: p.argmax(-1) for a, p in self.logp(raws).items()}
 
     def correct(self, raws: Sequence[Any], labels: Sequence[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return per attribute (objects named right, objects there), each (N,), in caption order."""
@@ -148,14 +172,27 @@ def _real(dataset: DatasetFolder, modality: str, split: str, most: int) -> tuple
     return values, [json.loads(raw.read(int(i), "labels.json")) for i in index]
 
 
-def open_judge(dataset: DatasetFolder, modality: str, progress: Callable[[str, int, int], None]) -> Judge:
-    """Return the data set's judge of a modality, training it on first use."""
-    info = dataset.info()
+def judge_of(dataset: DatasetFolder, modality: str) -> Judge | None:
+    """Return the data set's judge of a modality, or None where there is none."""
+    able = modality in JUDGED and bool(dataset.info().determined.get(modality))
+    return open_judge(dataset, modality, lambda what, done, total: None) if able else None
+
+
+def open_judge(
+    dataset: DatasetFolder, modality: str, progress: Callable[[str, int, int], None], seed: int = 0
+) -> Judge:
+    """Return the data set's judge of a modality, training it on first use.
+
+    Args:
+        seed: not 0: another judge, trained apart, for where one chooses and the other measures.
+    """
+    info, modality = dataset.info(), SEEN_BY[modality]
     wanted = info.determined.get(modality, [])
     attributes = {a: info.attributes[a].values for a in wanted}
     mel = Mel("audio", Mel.Options(), info.sizes["audio"]) if modality == "audio" else None
     judge = Judge(modality, attributes, info.max_objects, mel)
-    folder = dataset.judge(modality)
+    judge.size = tuple(info.sizes[modality]["size"]) if "size" in info.sizes.get(modality, {}) else None
+    folder = dataset.judge(f"{modality}-{seed}" if seed else modality)
     meta = {"version": VERSION, "attributes": attributes, "objects": info.max_objects, "options": info.options}
     path = folder / "judge.json"
     if path.is_file() and json.loads(path.read_text()) == json.loads(json.dumps(meta)):
@@ -170,7 +207,7 @@ def open_judge(dataset: DatasetFolder, modality: str, progress: Callable[[str, i
     if special:
         more = _real(dataset, modality, "judge", special)
         values, labels = values + more[0], labels + more[1]
-    judge.fit(values, labels, steps, 0, lambda done, total: progress(f"judge of {modality}", done, total))
+    judge.fit(values, labels, steps, seed, lambda done, total: progress(f"judge of {modality}", done, total))
     with atomic_folder(folder) as aside:
         save_file({k: v.contiguous() for k, v in judge.net.state_dict().items()}, aside / "model.safetensors")
         (aside / "judge.json").write_text(json.dumps(meta))

@@ -21,6 +21,7 @@ class Metric(Config):
     n: samples. ci95: bootstrap over samples. chance: a uniform guess. majority: always the commonest answer (of the
     train split). ceiling: what the source determines at all, where the data set knows it. reference: the same
     figure for the best that could be expected (the tokenizer's own round trip, the judge on real data).
+    setting: where one figure is measured under several, which (a report then lays them out side by side).
     """
 
     name: str
@@ -34,6 +35,7 @@ class Metric(Config):
     higher_is_better: bool = True
     unit: str = ""
     in_distribution: bool | None = None
+    setting: dict[str, str | int | float] | None = None
 
     @field_validator("value", "chance", "majority", "ceiling", "reference")
     @classmethod

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image
 
 from nano4m_cli.generate.sampler import GenerateOptions
 from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context
-from nano4m_cli.probes._images import absrel, angle
-from nano4m_cli.probes._judges import Judge, open_judge
+from nano4m_cli.probes._images import absrel, angle, psnr
+from nano4m_cli.probes._judges import JUDGED, Judge, open_judge
 from nano4m_cli.probes._result import Metric, mean_metric
 
 KIND = "eval"
-JUDGED = ("rgb", "audio")
 HEARD = 200  # samples judged by ear: phase reconstruction is the slow part
 # Depth and normals follow from the picture almost surely: their most likely value at once beats sampling.
 LIKELIEST = GenerateOptions(scheme="onepass", temperature=0.0, guidance=1.0)
@@ -46,6 +46,8 @@ class Probe(Base):
             for target, error, unit in (("depth", absrel, ""), ("normal", angle, "degrees")):
                 if target in context.names and context.model.reads(["rgb"], target):
                     metrics += self._measured(context, target, error, unit)
+            if "rgb_hi" in context.names and context.model.reads(["rgb"], "rgb_hi"):
+                metrics += self._sharpened(context)
         return metrics, [
             "judged: share of objects whose attribute an independent classifier names as the sample's labels do, in "
             "caption order; the classifier saw real samples only, none of this split",
@@ -54,6 +56,8 @@ class Probe(Base):
               for t in JUDGED if t in context.names],
             "depth and normals: the expected code values in one pass (likeliest: the most likely ids), against exact "
             "values; majority: the train split's mean picture",
+            *(["rgb_hi: psnr of the expected code values in one pass; enlarged_psnr: of rgb made larger (bicubic), which "
+               "learned nothing; shrunk_psnr: of the samples made as small as rgb, to rgb"] if "rgb_hi" in context.names else []),
         ]
 
     def _judged(self, context: Context, target: str) -> list[Metric]:
@@ -108,4 +112,19 @@ class Probe(Base):
                         majority=float(error([train_mean] * len(truth), truth).mean())),
             mean_metric(f"rgb->{target}/{what}_ratio", values / own.mean(), higher_is_better=False, reference=1.0),
             mean_metric(f"rgb->{target}/{what}_likeliest_ratio", likeliest / own.mean(), higher_is_better=False, reference=1.0),
+        ]
+
+    def _sharpened(self, context: Context) -> list[Metric]:
+        """Return how near super-resolution comes to the truth, beside enlarging, and how true it stays to what it was given."""
+        small, truth, name = context.raw("rgb"), context.raw("rgb_hi"), "rgb->rgb_hi"
+        made = context.decoded(["rgb"], ["rgb_hi"], "rgb_hi", estimate(context, "rgb_hi"))
+        drawn = context.decoded(["rgb"], ["rgb_hi"], "rgb_hi")
+        own = psnr(context.tokenizer("rgb_hi").decode(context.ids("rgb_hi")), truth)
+        fit = lambda x, like, how: np.asarray(Image.fromarray(x).resize(like.shape[1::-1], how))  # noqa: E731
+        enlarged = [fit(s, t, Image.Resampling.BICUBIC) for s, t in zip(small, truth, strict=True)]
+        shrunk = [fit(d, s, Image.Resampling.BOX) for d, s in zip(drawn, small, strict=True)]
+        return [
+            mean_metric(f"{name}/psnr", psnr(made, truth), reference=float(own.mean()), unit="dB"),
+            mean_metric(f"{name}/enlarged_psnr", psnr(enlarged, truth), unit="dB"),
+            mean_metric(f"{name}/shrunk_psnr", psnr(shrunk, small), unit="dB"),
         ]

@@ -129,11 +129,11 @@ def draw(title: str, unit: str, lines: list[Line], x_max: float) -> Markup:
     ]
     for v in ticks(low, high):
         out.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>')
-        out.append(f'<text class="tick" x="{LEFT - 6}" y="{y(v) + 3.5:.1f}" text-anchor="end">{_tick(v)}</text>')
+        out.append(f'<text class="tick" x="{LEFT - 6}" y="{y(v) + 3.5:.1f}" text-anchor="end">{tick(v)}</text>')
     for v in ticks(0, x_max):
         anchor = "middle" if x(v) < right - 14 else "end"
         out.append(f'<line class="axis" x1="{x(v):.1f}" x2="{x(v):.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-        out.append(f'<text class="tick" x="{x(v):.1f}" y="{bottom + 15}" text-anchor="{anchor}">{_tick(v)}</text>')
+        out.append(f'<text class="tick" x="{x(v):.1f}" y="{bottom + 15}" text-anchor="{anchor}">{tick(v)}</text>')
     out.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     out.append(f'<text class="label" x="{(LEFT + right) / 2}" y="{HEIGHT - 3}" text-anchor="middle">step</text>')
     out.append(f'<text class="label" x="{LEFT}" y="10">{escape(unit)}</text>')
@@ -149,7 +149,7 @@ def draw(title: str, unit: str, lines: list[Line], x_max: float) -> Markup:
     return Markup("".join(out))
 
 
-def _tick(v: float) -> str:
+def tick(v: float) -> str:
     if abs(v) >= 1e6:
         return f"{v / 1e6:g}M"
     if abs(v) >= 1e4:

@@ -139,6 +139,8 @@ def cards(run: Inputs) -> list[Card]:
     for result in run.results:
         for f in figures(result, scale):
             m = f.metric
+            if m.setting is not None:  # laid out side by side in the probe's own section
+                continue
             card = out.setdefault(m.subject, Card(m.subject, m.sources, m.target, f.posed))
             if card.posed.value is None or f.posed.value is False:
                 card.posed = f.posed

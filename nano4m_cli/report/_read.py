@@ -39,6 +39,7 @@ class Metric(_Loose):
     higher_is_better: bool = True
     unit: str = ""
     in_distribution: bool | None = None
+    setting: dict[str, str | int | float] | None = None
 
     @property
     def subject(self) -> str:

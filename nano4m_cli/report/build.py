@@ -21,6 +21,7 @@ from nano4m_cli.report._figures import cards, figures, interval, scales, tally
 from nano4m_cli.report._media import ShownGallery, show
 from nano4m_cli.report._numbers import count, duration, finite, rounded
 from nano4m_cli.report._read import Inputs, read_run
+from nano4m_cli.report._tradeoffs import tables
 
 HERE = Path(__file__).parent
 BUDGET = 15_000_000  # bytes of the page
@@ -73,7 +74,9 @@ def render(run: Inputs, gallery: ShownGallery) -> bytes:
         losses=losses,
         rest=rest,
         specs=[_spec_row(s) for s in run.specs],
-        probes=[(r, _by_subject(figures(r, scale))) for r in run.results],
+        probes=[
+            (r, _by_subject([f for f in figures(r, scale) if f.metric.setting is None]), tables(r.metrics)) for r in run.results
+        ],
         gallery=gallery,
         config_text=run.config_text,
         commands=commands(run),

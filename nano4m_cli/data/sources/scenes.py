@@ -5,7 +5,8 @@ caption show all attributes; sound has shape, size and material; depth and norma
 does not determine is therefore known exactly, and so is the best accuracy anyone can reach from it.
 
 A scene is a function of (seed, split, index) alone; the picture's size changes its sampling, not the scene. With video=true
-objects move (_scene_motion.py), and everything else stays as it is without: the picture is the video's middle frame.
+objects move (_scene_motion.py), and everything else stays as it is without: the picture is the video's middle frame. With
+hires=true each scene is rendered once more in finer pixels, smoothed by the same supersampling; rgb stays what it is.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from nano4m_cli.modalities.caption import MODALITY as CAPTION
 from nano4m_cli.modalities.depth import MODALITY as DEPTH
 from nano4m_cli.modalities.normal import MODALITY as NORMAL
 from nano4m_cli.modalities.rgb import MODALITY as RGB
+from nano4m_cli.modalities.rgb_hi import MODALITY as RGB_HI
 from nano4m_cli.modalities.video import MODALITY as VIDEO
 
 SPLITS = ("train", "val", "test", "test_novel")
@@ -83,7 +85,7 @@ class Scene(NamedTuple):
 
 class Raw(NamedTuple):
     """A scene's raw values: rgb (n, n, 3) uint8, depth (n, n), normal (n, n, 3), audio (samples,), caption, labels,
-    video (frames, n, n, 3) uint8."""
+    video (frames, n, n, 3) uint8, rgb_hi (factor n, factor n, 3) uint8."""
 
     rgb: np.ndarray
     depth: np.ndarray
@@ -92,6 +94,7 @@ class Raw(NamedTuple):
     caption: str
     labels: dict
     video: np.ndarray | None = None
+    rgb_hi: np.ndarray | None = None
 
 
 class Source(BaseSource):
@@ -101,7 +104,8 @@ class Source(BaseSource):
         """Counts are samples per split (judge: None is an eighth of train).
 
         `supersample` smooths RGB only, depth and normals stay exact per pixel. `video`: objects move, and each sample has
-        `frames` pictures of that, `fps` a second; the data set's name is then scenes-video by default.
+        `frames` pictures of that, `fps` a second; the data set's name is then scenes-video by default. `hires`: rgb_hi is the
+        picture with `factor` times as many pixels a side; the name is then scenes-hi by default.
         """
 
         name: str = Field("scenes", pattern=r"^[A-Za-z0-9_-]+$")
@@ -120,11 +124,15 @@ class Source(BaseSource):
         video: bool = False
         frames: int = Field(8, ge=2, le=64)
         fps: float = Field(8.0, gt=0, le=120)
+        hires: bool = False
+        factor: int = Field(2, ge=2, le=8)
 
         @model_validator(mode="before")
         @classmethod
         def _named(cls, given: Any) -> Any:
-            return {"name": "scenes-video", **given} if isinstance(given, dict) and given.get("video") else given
+            if not isinstance(given, dict):
+                return given
+            return {"name": "scenes" + "-video" * (given.get("video") is True) + "-hi" * (given.get("hires") is True), **given}
 
         @model_validator(mode="after")
         def _check(self):
@@ -132,8 +140,11 @@ class Source(BaseSource):
                 raise ValueError(f"min_objects ({self.min_objects}) is above max_objects ({self.max_objects})")
             if self.max_objects == 3 and self.size < 16:
                 raise ValueError(f"three objects need a size of 16 at least, to be seen (got {self.size})")
-            if self.size * self.supersample > 4096:
-                raise ValueError(f"size x supersample is {self.size * self.supersample} pixels a side; 4096 at most")
+            factors = [("size", self.size), ("factor", self.factor if self.hires else 1), ("supersample", self.supersample)]
+            side = math.prod(f for _, f in factors)
+            if side > 4096:
+                shown = " x ".join(n for n, _ in factors if n != "factor" or self.hires)
+                raise ValueError(f"{shown} is {side} pixels a side; 4096 at most")
             return self
 
     options: Options
@@ -142,8 +153,12 @@ class Source(BaseSource):
         o = self.options
         picture = {"size": [o.size, o.size]}
         sizes = {"rgb": picture, "depth": picture, "normal": picture, "audio": {"seconds": o.seconds, "rate": RATE}}
+        if o.hires:
+            sizes["rgb_hi"] = {"size": [o.size * o.factor] * 2}
         attributes, determined = text.ATTRIBUTES, {modality: list(known) for modality, known in DETERMINED.items()}
         limits, told_limits = ceilings(), ceilings(told=True)
+        if o.hires:
+            determined["rgb_hi"] = determined["rgb"]
         if o.video:
             attributes = {**attributes, "motion": motion.MOTION}
             sizes["video"] = {**picture, "frames": o.frames, "fps": o.fps}
@@ -154,7 +169,8 @@ class Source(BaseSource):
         return DatasetInfo(
             name=o.name,
             source="scenes",
-            options=o.model_dump(mode="json", exclude=None if o.video else {"video", "frames", "fps"}),
+            options=o.model_dump(mode="json", exclude={
+                *(() if o.video else ("video", "frames", "fps")), *(() if o.hires else ("hires", "factor"))}),
             version=self.version,
             modalities=list(determined),
             splits={split: getattr(o, split) for split in SPLITS},
@@ -192,8 +208,7 @@ class Source(BaseSource):
 def encode(key: str, raw: Raw) -> Sample:
     labels = json.dumps(raw.labels, sort_keys=True, separators=(",", ":"))
     members = {m.ext: m.to_bytes(v) for m, v in zip((RGB, DEPTH, NORMAL, AUDIO, CAPTION), raw[:5], strict=True)}
-    if raw.video is not None:
-        members[VIDEO.ext] = VIDEO.to_bytes(raw.video)
+    members.update({m.ext: m.to_bytes(v) for m, v in ((VIDEO, raw.video), (RGB_HI, raw.rgb_hi)) if v is not None})
     return Sample(key, {**members, "labels.json": labels.encode()})
 
 
@@ -283,6 +298,10 @@ def raw_scene(options: Source.Options, split: str, index: int) -> Raw:
         "camera": {"height": cam.height, "pitch": round(cam.pitch, 6), "focal": cam.focal, "far": render.FAR},
     }
     raw = Raw(rgb, traced.depth, normal, sound.clip(scene.notes, options.seconds), scene.caption, labels)
+    if options.hires:
+        finer = render.make_grid(cam, options.size * options.factor * options.supersample)
+        lit = shade(finer, render.trace(finer, scene.bodies), scene.bodies, scene.light)
+        raw = raw._replace(rgb_hi=shrink(lit, options.supersample))
     return raw if not options.video else _moving(options, raw, scene, fine, motion.draw_moves(
         options.seed, split, index, scene.bodies, cam))
 

@@ -1,0 +1,41 @@
+"""How likely a model finds given ids: -log p of slots that are asked at once, given those that are shown."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from nano4m_cli.model.base import TokenModel
+from nano4m_cli.model.batch import pack
+from nano4m_cli.spec import Layout
+
+CHUNK = 100  # samples per encoder batch, at most
+LOGITS = 1 << 26  # logits held at once
+
+
+def chunk_size(layout: Layout, asked_NC: np.ndarray) -> int:
+    """Return how many samples are asked at once: their logits stay in bounds where vocabularies are large."""
+    vocab_C = np.array([v for _, _, v in layout.groups])[layout.group_C]
+    return int(np.clip(LOGITS // max(int((asked_NC * vocab_C).sum(1).max(initial=1)), 1), 1, CHUNK))
+
+
+def slot_nll(
+    model: TokenModel, ids_NC: np.ndarray, shown_NC: np.ndarray, asked_NC: np.ndarray, inside_NC: np.ndarray
+) -> np.ndarray:
+    """Return (N, C): -log p in nats of each asked slot (NaN elsewhere); grids and codes slot by slot independent given what is
+    shown, text from left to right.
+
+    Args:
+        inside_NC: the slots that each sample has: what a model that sees every slot must be asked for.
+    """
+    out = np.full(asked_NC.shape, np.nan)
+    chunk = chunk_size(model.layout, asked_NC)
+    for a in range(0, len(ids_NC), chunk):
+        rows = slice(a, a + chunk)
+        asked = inside_NC[rows] & ~shown_NC[rows] if model.wholly else asked_NC[rows]
+        if not asked.any():
+            continue
+        packed = pack(model.layout, ids_NC[rows], shown_NC[rows], asked, model.config.registers).to(model.device)
+        with torch.inference_mode():
+            out[rows][asked] = model.nll(packed).cpu().numpy()
+    return np.where(asked_NC, out, np.nan)
