@@ -7,6 +7,8 @@ sample, so that training and use pose the same question; registers make an empty
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from pydantic import field_validator
@@ -20,8 +22,12 @@ from nano4m_cli.spec import Layout
 
 
 class FourMConfig(PairConfig):
+    """encoder: what is shown sees all that is shown, or is drawn in blocks that see no later one (masking/_blocks.py), so that
+    what was read before need not be read again."""
+
     size: str = "d3-3w128"
     registers: int = 1
+    encoder: Literal["bidirectional", "block_causal"] = "bidirectional"
 
     @field_validator("registers")
     @classmethod
@@ -67,13 +73,13 @@ class FourM(TokenModel):
         x = x + F.embedding(self.modality_C[col], self.enc_modality) + F.embedding(col, self.position)
         if self.config.registers:
             at = (batch.enc_col < 0).nonzero().squeeze(1)
-            tokens = self.register_tokens.repeat(batch.samples, 1)
-            x = x.index_copy(0, at, tokens.to(x.dtype))
+            if len(at):  # what is read behind other tokens has none
+                x = x.index_copy(0, at, self.register_tokens.repeat(batch.samples, 1).to(x.dtype))
         return x
 
     def encode(self, batch: Packed, layers: list[Tensor] | None = None) -> Tensor:
         """Return the encoder's output (Te, D); each layer's output is appended to `layers` where given."""
-        mask = Mask(batch.enc, batch.enc)
+        mask = Mask(batch.enc, batch.enc, block=batch.enc_block)
         x = self.embed_shown(batch)
         for block in self.encoder:
             x = block(x, mask)
@@ -83,9 +89,8 @@ class FourM(TokenModel):
 
     # -- decoder --------------------------------------------------------------------------------------------------
 
-    def decode(self, batch: Packed, encoded: Tensor) -> Tensor:
-        """Return the decoder's output (Td, D) for what is asked, given the encoder's."""
-        context = self.context(encoded)
+    def embed_asked(self, batch: Packed) -> Tensor:
+        """Return the decoder's input (Td, D)."""
         modality = self.modality_C[batch.dec_col]
         y = F.embedding(modality, self.dec_modality) + F.embedding(batch.dec_col, self.position)
         text = self.sequence_C[batch.dec_col]
@@ -95,11 +100,23 @@ class FourM(TokenModel):
             rows = (self.vocab_C[batch.dec_col[at]] + prev).clamp_min(0)
             told = torch.where((prev >= 0)[:, None], self.embed(rows), F.embedding(modality[at], self.begin))
             y = y.index_add(0, at, told.to(y.dtype))
+        return y
+
+    def decode(self, batch: Packed, encoded: Tensor, few: bool = False) -> Tensor:
+        """Return the decoder's output (Td, D) for what is asked, given the encoder's.
+
+        Args:
+            few: whether keys and values need not be made where few slots ask for them (without gradients, to rounding).
+        """
+        context, y = self.context(encoded), self.embed_asked(batch)
         own = Mask(batch.dec_self, batch.dec_self, causal=batch.dec_causal)
         cross = Mask(batch.dec, batch.enc, k_row=batch.dec_context)
         for block in self.decoder:
-            y = block(y, own, context, cross)
+            y = block(y, own, context, cross, few=few)
         return self.dec_norm(y)
+
+    def ask(self, batch: Packed) -> list[Tensor | None]:
+        return self.logits(batch, self.decode(batch, self.encode(batch), few=True))
 
     def answers(self, batch: Packed) -> Tensor:
         return self.decode(batch, self.encode(batch))

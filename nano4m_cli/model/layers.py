@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nano4m_cli.model.attention import Cache, Mask, attend, attend_cached
+from nano4m_cli.model.attention import Cache, Mask, attend, attend_cached, attend_folded, attend_kept
+from nano4m_cli.model.batch import Ragged
 from nano4m_cli.spec import Layout
 
 Norm = Literal["layernorm", "rmsnorm"]
@@ -140,6 +141,31 @@ class Attention(nn.Module):
             cache.fill(k, v, mask.k)
         return self.out(attend(q, k, v, self.heads, mask, self.backend))
 
+    def keep(self, x: Tensor, cache: Cache, rows: Ragged, at_S: Tensor) -> Tensor:
+        """Put the keys and values of packed tokens behind the `at` tokens of each sample; return the queries (T, D)."""
+        q, k, v = self._qkv(x, x)
+        cache.fill(k, v, rows, at_S)
+        return q
+
+    def keep_context(self, context: Tensor, cache: Cache, rows: Ragged, at_S: Tensor) -> None:
+        """Put the keys and values of a context behind the `at` tokens of each sample."""
+        k, v = self.kv(context).chunk(2, -1)
+        k = k if self.k_norm is None else self.k_norm(k.unflatten(1, (self.heads, -1))).flatten(1)
+        cache.fill(k, v, rows, at_S)
+
+    def recall(self, x: Tensor, cache: Cache, rows: Ragged, seen_T: Tensor, q: Tensor | None = None) -> Tensor:
+        """Return (T, D): what packed tokens find among the first `seen` cached tokens of their sample."""
+        if q is None:
+            q = self.q(x)
+            q = q if self.q_norm is None else self.q_norm(q.unflatten(1, (self.heads, -1))).flatten(1)
+        return self.out(attend_kept(q, cache, rows, seen_T))
+
+    def few(self, x: Tensor, mask: Mask, context: Tensor) -> Tensor:
+        """Return `forward` of few queries, the context's keys and values not made where that is less work."""
+        if self.k_norm is not None or len(x) * self.heads >= mask.q.rows * x.shape[1]:
+            return self(x, mask, context)
+        return self.out(attend_folded(self.q(x), context, self.kv.weight, self.heads, mask))
+
     def step(self, x_SD: Tensor, cache: Cache, at_S: Tensor) -> Tensor:
         """Return (S, D) for the next token of each sample, which is put into the cache at `at`."""
         q, k, v = self._qkv(x_SD, x_SD)
@@ -162,11 +188,23 @@ class Block(nn.Module):
         self.mlp = MLP(cfg.width, cfg.mlp, cfg.mlp_ratio, gain)
 
     def forward(
-        self, x: Tensor, mask: Mask, context: Tensor | None = None, cross_mask: Mask | None = None, cache: Cache | None = None
+        self, x: Tensor, mask: Mask, context: Tensor | None = None, cross_mask: Mask | None = None, cache: Cache | None = None,
+        few: bool = False,
     ) -> Tensor:
         x = x + self.attn(self.norm1(x), mask, cache=cache)
         if context is not None:
-            x = x + self.cross(self.query_norm(x), cross_mask, context)
+            x = x + (self.cross.few if few else self.cross)(self.query_norm(x), cross_mask, context)
+        return x + self.mlp(self.norm2(x))
+
+    def more(self, x: Tensor, cache: Cache, rows: Ragged, at_S: Tensor, seen_T: Tensor) -> Tensor:
+        """Return (T, D) for tokens that follow the `at` ones of each sample that are cached, and are put behind them."""
+        h = self.norm1(x)
+        x = x + self.attn.recall(h, cache, rows, seen_T, self.attn.keep(h, cache, rows, at_S))
+        return x + self.mlp(self.norm2(x))
+
+    def recall(self, x: Tensor, cross: Cache, rows: Ragged, seen_T: Tensor) -> Tensor:
+        """Return (T, D) after cross-attention to what is cached, and the MLP."""
+        x = x + self.cross.recall(self.query_norm(x), cross, rows, seen_T)
         return x + self.mlp(self.norm2(x))
 
     def step(self, x_SD: Tensor, cache: Cache, at_S: Tensor) -> Tensor:
