@@ -5,8 +5,8 @@ Every draw is a function of (seed, request, slot), so a request gives the same s
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,12 +15,14 @@ from torch import Tensor
 from nano4m_cli.errors import UsageError
 from nano4m_cli.generate.choose import draw, filter_logits, penalize
 from nano4m_cli.generate.options import GUIDANCE, GenerateOptions, resolve
+from nano4m_cli.generate.reader import Reader, Rewriter, Writer
 from nano4m_cli.generate.schedules import counts, ramp_at
 from nano4m_cli.generate.state import Stage, State, there, views
 from nano4m_cli.model.base import TokenModel
-from nano4m_cli.model.batch import Packed, pack
+from nano4m_cli.model.batch import pack
 from nano4m_cli.model.fourm import FourM
 from nano4m_cli.model.gpt import GPT
+from nano4m_cli.model.layers import TokenTable
 from nano4m_cli.spec import TokenSpec
 from nano4m_cli.tokenizers._fsq import FSQ
 
@@ -33,7 +35,12 @@ def fill(model: TokenModel, state: State, target: str, options: GenerateOptions)
     Text is written until EOS; what follows EOS stays unknown.
     """
     spec = model.layout.specs[model.layout.names.index(target)]
-    with torch.inference_mode():
+    if options.refresh and not isinstance(model, FourM):
+        raise UsageError(
+            "only runs of task fourm keep what their encoder made of earlier slots", "leave --refresh out"
+        )
+    held = model.head.held() if isinstance(model.head, TokenTable) else contextlib.nullcontext()
+    with torch.inference_mode(), held:
         if isinstance(model, GPT):
             _read_on(model, state, target, options)
         elif spec.kind == "sequence" and not model.wholly and model.causal_text:
@@ -97,6 +104,7 @@ def _fill_slots(model: TokenModel, state: State, target: str, o: GenerateOptions
         order = state.uniform(o.seed, f"order/{target}", np.arange(len(unknown))[:, None], np.arange(slots))
     plan = [counts(int(n), steps, schedule) for n in unknown.sum(1)]
     steps_B = np.array([len(p) for p in plan])
+    reader = Reader.of(model, o, columns)
     for step in range(max((len(p) for p in plan), default=0)):
         n_now = np.array([p[step] if step < len(p) else 0 for p in plan])
         active = np.flatnonzero(n_now)
@@ -110,7 +118,9 @@ def _fill_slots(model: TokenModel, state: State, target: str, o: GenerateOptions
         else:
             rank = np.argsort(np.argsort(np.where(now, order[active], np.inf), axis=1, kind="stable"), axis=1)
             asked = now & (rank < n_now[active, None])
-        row, slot, ids, logp = _ask(model, state.rows(active), columns, asked, target, o, step, steps_B[active])
+        if reader is not None:
+            reader.turn(step, active)
+        row, slot, ids, logp = _ask(model, state.rows(active), columns, asked, target, o, step, steps_B[active], reader)
         if scheme == "maskgit" and step + 1 < steps:
             # Confidence of what was drawn, with Gumbel noise that fades as the schedule ends.
             u = state.uniform(o.seed, f"confidence/{target}", active[row], slot, step)
@@ -151,7 +161,7 @@ def _estimate(model: TokenModel, state: State, target: str, o: GenerateOptions) 
 
 def _ask(
     model: TokenModel, state: State, columns: slice, asked_BL: np.ndarray, target: str, o: GenerateOptions, step: int,
-    steps_B: np.ndarray,
+    steps_B: np.ndarray, reader: Reader | None = None,
 ):
     """Return (row, slot, drawn id, the model's log-probability of it), numpy, for every asked slot.
 
@@ -163,7 +173,7 @@ def _ask(
     u = state.uniform(o.seed, f"draw/{target}", row, slot, step)
     spec = model.layout.specs[model.layout.names.index(target)]
     heat = ramp_at(o.temperature, step, steps_B[row])
-    for at, logits in _logits(model, state, columns, asked_BL, o, step, steps_B):
+    for at, logits in _logits(model, state, columns, asked_BL, o, step, steps_B, reader):
         own = heat if isinstance(heat, float) else torch.from_numpy(heat[at]).to(logits)
         drawn, _ = draw(filter_logits(_fresh(logits, state, columns, row[at], spec, o), own, o.top_k, o.top_p, o.min_p), u[at])
         # Confidence is the model's own, before temperature and filters.
@@ -185,7 +195,7 @@ def _fresh(logits_NV: Tensor, state: State, columns: slice, row_N: np.ndarray, s
 
 def _logits(
     model: TokenModel, state: State, columns: slice, asked_BL: np.ndarray, o: GenerateOptions, step: int = 0,
-    steps_B: np.ndarray | None = None,
+    steps_B: np.ndarray | None = None, reader: Reader | None = None,
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Yield (which of the asked slots in row-major order (n,), their fp32 logits (n, V)), guidance applied."""
     layout = model.layout
@@ -197,10 +207,14 @@ def _logits(
     asked_BC = np.tile(asked_BC, (len(shown), 1))
     # A model that sees every slot is asked for all that is not shown; the answers that are not wanted are left.
     posed_BC = there_BC & ~shown_BC if model.wholly else asked_BC
-    packed = pack(layout, ids_BC, shown_BC, posed_BC, model.config.registers).to(model.device)
+    if reader is None:
+        packed = pack(layout, ids_BC, shown_BC, posed_BC, model.config.registers).to(model.device)
+        answers = model.ask(packed)
+    else:
+        packed, answers = reader.ask([v.name for v in shown], ids_BC, shown_BC, posed_BC)
     wanted = asked_BC[posed_BC]
     number = np.cumsum(wanted) - 1
-    for index, logits in zip(packed.group_index, model(packed), strict=True):
+    for index, logits in zip(packed.group_index, answers, strict=True):
         if index is None:
             continue
         index = index.cpu().numpy()
@@ -285,7 +299,7 @@ def _read_on(model: GPT, state: State, target: str, o: GenerateOptions) -> None:
     state.ids_BC[todo], state.known_BC[todo] = part.ids_BC, part.known_BC
 
 
-def _write_text(model: FourM, state: State, target: str, o: GenerateOptions) -> None:
+def _write_text(model: TokenModel, state: State, target: str, o: GenerateOptions) -> None:
     layout, columns = model.layout, model.layout.slice(target)
     spec = layout.specs[layout.names.index(target)]
     group = int(layout.group_C[columns.start])
@@ -295,19 +309,15 @@ def _write_text(model: FourM, state: State, target: str, o: GenerateOptions) -> 
     assert (known == (np.arange(spec.slots) < begin[:, None])).all(), "the known part of a text is its beginning"
     last = state.ids_BC[np.arange(b), columns.start + np.maximum(begin - 1, 0)]
     alive = np.flatnonzero((begin == 0) | (last != spec.eos))
-    nothing = np.zeros_like(state.known_BC)
-    packed = pack(layout, state.ids_BC, state.known_BC, nothing, model.config.registers).to(model.device)
-    encoded = model.encode(packed)  # once: what is shown does not change while the text is written
+    if isinstance(model, FourM):
+        writer: Writer | Rewriter = Writer(model, state, target, alive)
+    else:
+        writer = Rewriter(model, state, target, begin)
     end = begin.copy()
     while len(alive):
-        asked = np.zeros_like(state.known_BC[alive])
-        slot = np.arange(spec.slots)
-        asked[:, columns] = (slot >= begin[alive, None]) & (slot <= end[alive, None])
-        dec = pack(layout, state.ids_BC, nothing, asked, 0, answers=(state.ids_BC[alive], alive))
-        h = model.decode(_with_encoder(dec, packed), encoded)
-        final = h[torch.from_numpy(np.cumsum(asked.sum(1)) - 1)]
+        final = writer.next(alive, end[alive])
         part = state.rows(alive)
-        part.known_BC[:, columns] = slot < end[alive, None]  # what is written already
+        part.known_BC[:, columns] = np.arange(spec.slots) < end[alive, None]  # what is written already
         logits = _fresh(group_logits(model, final, group), part, columns, np.arange(len(alive)), spec, o)
         logp = filter_logits(logits, o.text_temperature, o.top_k, o.top_p, o.min_p)
         u = state.uniform(o.seed, f"draw/{target}", alive, end[alive])
@@ -324,9 +334,3 @@ def group_logits(model: TokenModel, h_ND: Tensor, group: int) -> Tensor:
     """Return the logits (N, V) of one vocabulary group for decoder outputs."""
     start = model.layout.vocab_start
     return torch.nn.functional.linear(h_ND, model.head.weight()[start[group] : start[group + 1]].to(h_ND.dtype))
-
-
-def _with_encoder(dec: Packed, enc: Packed) -> Packed:
-    """Return `dec` with the encoder side of `enc`."""
-    moved = dec.to(enc.enc_ids.device)
-    return replace(moved, enc_ids=enc.enc_ids, enc_col=enc.enc_col, enc=enc.enc)

@@ -85,12 +85,13 @@ def there(layout: Layout, ids_BC: np.ndarray, known_BC: np.ndarray) -> np.ndarra
 
 @dataclass(frozen=True)
 class View:
-    """What a model is shown of every request when the target is asked for, and the weight of its answer."""
+    """What a model is shown of every request when the target is asked for, the weight of its answer, and which view it is."""
 
     ids_BC: np.ndarray
     shown_BC: np.ndarray
     there_BC: np.ndarray
     weight: float | str = 1.0
+    name: str = ""
 
 
 def views(layout: Layout, state: State, columns: slice, o: GenerateOptions) -> list[View]:
@@ -112,8 +113,8 @@ def views(layout: Layout, state: State, columns: slice, o: GenerateOptions) -> l
         mine[layout.slice(name)] = True
         rest_C &= ~mine
         if weight and (state.known_BC & mine & ~own_C).any():
-            out.append(View(state.ids_BC, state.known_BC & (own_C | mine), exists, weight))
+            out.append(View(state.ids_BC, state.known_BC & (own_C | mine), exists, weight, name))
     if not o.weights or (state.known_BC & rest_C).any():
         scale = 1.0 if o.guidance is None else o.guidance
-        out.append(View(state.ids_BC, state.known_BC & (own_C | rest_C), exists, scale))
+        out.append(View(state.ids_BC, state.known_BC & (own_C | rest_C), exists, scale, "*"))
     return out

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -66,6 +68,7 @@ class TokenTable(nn.Module):
     """
 
     OWN = 0.05
+    _held: Tensor | None = None
 
     def __init__(self, layout: Layout, width: int, std: float):
         super().__init__()
@@ -87,10 +90,21 @@ class TokenTable(nn.Module):
             self.register_buffer("level_row", torch.from_numpy(rows), persistent=False)
             self.level = nn.Parameter(torch.randn(used, width) * std)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make `weight()` once for all that happens inside (the parameters must not change)."""
+        before, self._held = self._held, self.weight() if self.factored else None
+        try:
+            yield
+        finally:
+            self._held = before
+
     def weight(self) -> Tensor:
         """Return the (V, D) table with level vectors added."""
         if not self.factored:
             return self.table
+        if self._held is not None:
+            return self._held
         return self.table + F.embedding_bag(self.level_row, self.level, mode="sum", padding_idx=0)
 
     def forward(self, rows_T: Tensor) -> Tensor:
