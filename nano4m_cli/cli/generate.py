@@ -62,6 +62,10 @@ def command(
         str | None,
         typer.Option("--guidance", metavar="S", help="Pull of conditions (1: plain; default: 2.5 if trained for); or a ramp."),
     ] = None,
+    refresh: Annotated[
+        int | None,
+        typer.Option("--refresh", min=0, metavar="R", help="Read earlier slots anew every R steps only: faster (default: always)."),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -91,7 +95,7 @@ def command(
     options = {
         "scheme": scheme, "steps": steps, "schedule": schedule, "temperature": temperature, "noise": noise,
         "text_temperature": text_temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition": repetition,
-        "guidance": guidance, "seed": seed, "n": n, "weights": read_weights(weight or []),
+        "guidance": guidance, "refresh": refresh, "seed": seed, "n": n, "weights": read_weights(weight or []),
     }
     options = {k: v for k, v in options.items() if v not in (None, {})}
     asked: dict[str, Any] = {

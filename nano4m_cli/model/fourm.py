@@ -22,8 +22,8 @@ from nano4m_cli.spec import Layout
 
 
 class FourMConfig(PairConfig):
-    """encoder: what is shown sees all that is shown, or is drawn in blocks that see no later one (masking/_blocks.py), so that
-    what was read before need not be read again."""
+    """encoder: what is shown sees all that is shown; or it comes in blocks, none of which sees a later one (drawn in training by
+    masking/_blocks.py), so that generation never reads anything twice."""
 
     size: str = "d3-3w128"
     registers: int = 1

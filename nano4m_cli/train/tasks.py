@@ -12,6 +12,7 @@ from torch import Tensor
 from nano4m_cli.data.loader import SampleOrder, TokenData
 from nano4m_cli.errors import ConfigError, DataError, did_you_mean
 from nano4m_cli.masking._base import Key
+from nano4m_cli.masking._blocks import draw_blocks
 from nano4m_cli.masking._mixture import Mixture
 from nano4m_cli.model.base import TokenModel
 from nano4m_cli.model.batch import Packed, pack
@@ -59,7 +60,12 @@ class FourMTask:
         answers = torch.from_numpy(np.add.reduceat(asked.sum(0), self.layout.start[:-1]).astype(np.float32))
         rows = [slice(r[0], r[-1] + 1) for r in np.array_split(np.arange(len(index)), parts)]
         registers = self.model.config.registers
-        return [Part(pack(self.layout, ids[r], shown[r], asked[r], registers), answers) for r in rows]
+        causal = getattr(self.model.config, "encoder", None) == "block_causal"
+        block = draw_blocks(self.layout, shown, asked, key.sub("block")) if causal else None
+        return [
+            Part(pack(self.layout, ids[r], shown[r], asked[r], registers, block_BC=None if block is None else block[r]), answers)
+            for r in rows
+        ]
 
     def batch(self, step: int) -> list[Part]:
         counter = self._counters(step)

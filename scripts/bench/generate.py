@@ -7,7 +7,10 @@ configuration (`_reference.py`), with random weights: time does not depend on wh
 
     plain         as nano4M's `generate_one_modality_roar`: one sample at a time; at each step the encoder reads all that is known,
                   the decoder answers for the slots of that step, the head has all 50,304 ids of the one table.
-    exact         `fill` as it stands, in a batch.
+    exact         `fill` in a batch of a bidirectional encoder, which must read everything anew at each step.
+    incremental   the same with `refresh` beyond the last step: what is known is read once. A block-causal encoder does the same
+                  computation, and exactly.
+    * bf16        the same under autocast (where hardware has it).
 
 Seconds are per sample; speed-ups are medians of the rounds' ratios.
 """
@@ -22,6 +25,7 @@ from _figures import figure, show
 from _padded import Padded4M
 from _reference import SPECS, reference_config
 
+from nano4m_cli.compute import multiplies_bf16
 from nano4m_cli.generate.options import GenerateOptions
 from nano4m_cli.generate.sampler import fill
 from nano4m_cli.generate.state import State
@@ -58,7 +62,16 @@ class Bench:
 
     def setups(self) -> dict[str, tuple[Callable, int]]:
         """Return for each name what makes samples, and how many."""
-        return {"plain": (self._plain, 1), "exact": (lambda turn: self._fill(turn), self.batch)}
+        made = {"plain": (self._plain, 1), "exact": (self._fill, self.batch),
+                "incremental": (lambda turn: self._fill(turn, refresh=STEPS), self.batch)}
+        if multiplies_bf16("cpu"):
+            for name, (make, samples) in [(n, made[n]) for n in ("exact", "incremental")]:
+                made[f"{name}_bf16"] = (lambda turn, make=make: self._bf16(make, turn), samples)
+        return made
+
+    def _bf16(self, make: Callable, turn: int) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            make(turn)
 
     def _plain(self, turn: int) -> None:
         """Make one sample, as simply as it can be written."""
