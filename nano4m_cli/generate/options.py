@@ -36,6 +36,8 @@ class GenerateOptions(Config):
 
     refresh: r: what the encoder made of slots known before stays as it is when slots become known, and is made anew every r
     steps only; None or 0: it is made anew at every step. A block-causal encoder makes nothing anew unless told to.
+    draft: k: text, and codes and grids of scheme ar (codes also of auto), are drafted k slots at a time, then checked: the ids are
+    distributed as without it (generate/speculative.py).
     """
 
     scheme: Scheme = "auto"
@@ -51,6 +53,7 @@ class GenerateOptions(Config):
     guidance: Ramp(0, STRONGEST) = None
     weights: tuple[tuple[str, float], ...] = ()
     refresh: int | None = Field(None, ge=0)
+    draft: int | None = Field(None, ge=1, le=64)
     seed: int = Field(0, ge=0)
 
     @field_validator("temperature")

@@ -19,7 +19,7 @@ class State:
 
     values: per modality filled by scheme "mean", the expected code values (B, slots, levels), NaN in rows that were sampled.
     seed_B: each request's seed (None: that of the options). away_ids_BC, away_BC: what guidance moves away from, beside
-    the target's own slots (None: nothing).
+    the target's own slots (None: nothing). work: per modality filled (B, 2): how many ids, in how many model calls.
     """
 
     ids_BC: np.ndarray
@@ -29,6 +29,7 @@ class State:
     seed_B: np.ndarray | None = None
     away_ids_BC: np.ndarray | None = None
     away_BC: np.ndarray | None = None
+    work: dict[str, np.ndarray] = field(default_factory=dict)
 
     def rows(self, index: np.ndarray) -> State:
         values = {t: v[index] for t, v in self.values.items()}
