@@ -110,13 +110,14 @@ class Prepared:
 
 @dataclass
 class GenerateReport:
-    """What was written: files, texts by modality, and notices on what was done to the input."""
+    """What was written: files, texts by modality, notices on what was done to the input, and how many ids a model call gave."""
 
     run: str
     out: Path
     files: list[Path] = field(default_factory=list)
     texts: list[tuple[str, str]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    ids_per_call: dict[str, float] = field(default_factory=dict)
 
 
 def generate_files(
@@ -130,11 +131,12 @@ def generate_files(
 
 @dataclass
 class Made:
-    """A request's samples: per target raw values and ids."""
+    """A request's samples: per target raw values and ids, and how many ids were made in how many model calls."""
 
     prepared: Prepared
     raws: dict[str, list[Any]]
     ids: dict[str, list[np.ndarray]]
+    work: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Studio:
@@ -310,12 +312,14 @@ class Studio:
                     made = out[owner[row]]
                     made.raws.setdefault(target, []).append(raw)
                     made.ids.setdefault(target, []).append(take(self.layout, state, row, target))
+                    made.work[target] = made.work.get(target, 0) + state.work[target][row]
         return out
 
     def write(self, made: Made, out: Path) -> GenerateReport:
         """Write every output, its ids, and a sheet of condition | output | truth."""
         prepared = made.prepared
-        report = GenerateReport(self.run.name, out, notices=prepared.notices)
+        rates = {m: round(float(ids / calls), 4) for m, (ids, calls) in made.work.items() if calls}
+        report = GenerateReport(self.run.name, out, notices=prepared.notices, ids_per_call=rates)
         out.mkdir(parents=True, exist_ok=True)
         targets, n, truth = list(dict.fromkeys(prepared.request.targets)), prepared.request.n, prepared.truth
         given, rows = dict(self._given(prepared, targets)), []
