@@ -270,20 +270,20 @@ def exact_codes(model, ids, known, columns, block, options):
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("draft", [1, 2, 5])
 def test_drafted_codes_are_distributed_as_the_model_says(layout, sample, encoder, draft):
-    """Two slots left, 49 outcomes enumerated; chi-square over many requests."""
+    """Three slots left, 343 outcomes enumerated; chi-square over many requests."""
     model, n, options = build(layout, encoder), 3000, GenerateOptions(temperature=0.8, draft=draft)
     one, here = start(layout, sample, 1, ["txt"]), layout.slice("snd")
-    one.known_BC[0, here.start : here.stop - 2], one.ids_BC[0, here.start : here.stop - 2] = True, 2
-    want = exact_codes(model, np.where(one.known_BC, one.ids_BC, 0), one.known_BC.copy(), [here.stop - 2, here.stop - 1],
-                       np.zeros(one.ids_BC.shape, dtype=np.int64), options)
+    one.known_BC[0, here.start : here.stop - 3], one.ids_BC[0, here.start : here.stop - 3] = True, 2
+    want = exact_codes(model, np.where(one.known_BC, one.ids_BC, 0), one.known_BC.copy(),
+                       np.arange(here.stop - 3, here.stop), np.zeros(one.ids_BC.shape, dtype=np.int64), options)
     state = State(np.repeat(one.ids_BC, n, 0), np.repeat(one.known_BC, n, 0), np.arange(n))
     chain(model, state, ["snd"], options, batch=1000)
     got = {k: 0 for k in want}
-    for row in state.ids_BC[:, here.stop - 2 : here.stop].tolist():
+    for row in state.ids_BC[:, here.stop - 3 : here.stop].tolist():
         got[tuple(row)] += 1
     assert chi_square(got, want, n) < 5, (got, want)
     ids, calls = state.work["snd"].sum(0)
-    assert ids == 2 * n and 2 * n <= calls <= 4 * n
+    assert ids == 3 * n and 2 * n <= calls < 3 * n
 
 
 def chi_square(got, want, n):
@@ -325,7 +325,7 @@ def test_drafted_text_is_distributed_as_the_model_says(layout, sample, draft):
         assert (ids[known] == spec.eos).sum() == 1 and ids[known][-1] == spec.eos
     assert chi_square(got, want, n) < 5
     ids, calls = state.work["txt"].sum(0)
-    assert ids == state.known_BC[:, here].sum() and (draft == 1 or ids > calls)
+    assert ids == state.known_BC[:, here].sum() and ids > calls
 
 
 def test_greedy_drafts_change_nothing(layout, sample):

@@ -152,11 +152,9 @@ def _draft_slots(model: TokenModel, state: State, target: str, o: GenerateOption
     columns, spec = model.layout.slice(target), model.layout.specs[model.layout.names.index(target)]
 
     def choose(part: State, asked_NL: np.ndarray, number_N: np.ndarray, total_N: np.ndarray, block_NC: np.ndarray | None) -> Tensor:
-        steps = np.zeros(len(asked_NL), dtype=np.int64)
-        steps[np.nonzero(asked_NL)[0]] = total_N
         out = torch.zeros(len(number_N), spec.vocab_size, device=model.device)
         heat = ramp_at(o.temperature, number_N, total_N)
-        for at, logits in _logits(model, part, columns, asked_NL, o, number_N, steps, block_BC=block_NC):
+        for at, logits in _logits(model, part, columns, asked_NL, o, number_N, total_N, block_BC=block_NC):
             own = heat if isinstance(heat, float) else torch.from_numpy(heat[at]).to(logits)
             out[torch.from_numpy(at).to(out.device)] = filter_logits(logits, own, o.top_k, o.top_p, o.min_p)
         return out

@@ -1,11 +1,13 @@
-"""Speculative decoding: several slots are drafted in one pass in which none sees another, then checked from left to right.
+"""Speculative decoding: one pass checks the slots drafted before, from left to right, and drafts those that follow.
 
-After Leviathan et al. 2023 (arXiv:2211.17192): a drafted id of probability q is kept with probability min(1, p / q), where p is what
-the model says once the ids before it stand; at the first that is not kept an id is drawn from (p - q)+ instead, and the rest of the
-draft is dropped. So ids are distributed as without a draft, whatever the draft. Here the model drafts for itself.
+An id drafted with probability q is kept with probability min(1, p / q), where p is what the model says once the ids before it stand;
+at the first that is not kept an id is drawn from (p - q)+ instead (Leviathan et al. 2023, arXiv:2211.17192). So ids are distributed
+as without drafts, whatever the drafts are. The model drafts for itself: what a pass says of a slot behind the first doubtful one,
+given drafted ids or (where there are none yet) without them, is the next draft's q (as in Teng et al. 2024, arXiv:2410.01699). So
+every pass fills at least one slot.
 
-Draws are functions of (seed, request, slot), as everywhere: a slot that is drafted again has the same number, on which nothing that
-was kept depends.
+Draws are functions of (seed, request, slot), as everywhere. A slot that is drafted again has the same number: what is said of it
+depends on slots before it alone, so its number is independent of that.
 """
 
 from __future__ import annotations
@@ -25,8 +27,6 @@ from nano4m_cli.model.batch import pack
 from nano4m_cli.model.fourm import FourM
 from nano4m_cli.model.memory import Memory
 
-LogP = Callable[..., Tensor]
-
 
 def settle(logp_NV: Tensor, logq_NV: Tensor, ids_N: np.ndarray, accept_N: np.ndarray, again_N: np.ndarray):
     """Return (which drafted ids are kept (N,) bool, the ids that stand in their place otherwise (N,)).
@@ -44,21 +44,17 @@ def settle(logp_NV: Tensor, logq_NV: Tensor, ids_N: np.ndarray, accept_N: np.nda
 
 
 class _Draft:
-    """Which of a request's slots to fill are drafted and checked next, requests side by side; the book-keeping of both kinds.
+    """The book-keeping of both kinds of targets, requests side by side.
 
-    slots_BL: each request's slots to fill, in their order; total_B: how many. done_B: how many are filled.
+    slots_BL: each request's slots to fill, in their order; total_B: how many; done_B: how many are filled; have_B: how many of
+    those that follow are drafted.
     """
 
     def __init__(self, state: State, target: str, columns: slice, slots_BL: np.ndarray, total_B: np.ndarray, o: GenerateOptions):
         self.state, self.target, self.first, self.o = state, target, columns.start, o
-        self.slots_BL, self.total_B, self.done_B = slots_BL, total_B, np.zeros(len(total_B), dtype=np.int64)
-
-    def ahead(self, rows: np.ndarray, more: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (row, number) of the next `more` slots of each request, as far as there are."""
-        n = np.minimum(more, self.total_B[rows] - self.done_B[rows])
-        row = np.repeat(rows, n)
-        number = np.arange(int(n.sum())) - np.repeat(np.cumsum(n) - n, n) + self.done_B[row]
-        return row, number
+        self.slots_BL, self.total_B = slots_BL, total_B
+        self.done_B, self.have_B = np.zeros((2, len(total_B)), dtype=np.int64)
+        self.key, self.logq = np.zeros(0, dtype=np.int64), torch.zeros(0)  # of the last pass: which slots, what it said
 
     def u(self, what: str, row: np.ndarray, number: np.ndarray) -> np.ndarray:
         return self.state.uniform(self.o.seed, f"{what}/{self.target}", row, self.slots_BL[row, number])
@@ -66,44 +62,42 @@ class _Draft:
     def put(self, row: np.ndarray, number: np.ndarray, ids: np.ndarray) -> None:
         self.state.ids_BC[row, self.first + self.slots_BL[row, number]] = ids
 
-    def round(self, rows: np.ndarray, drafted: LogP, checked: LogP, eos: int | None = None) -> None:
+    def told(self, row: np.ndarray, number: np.ndarray) -> np.ndarray:
+        """Return how many slots before a slot are filled or drafted."""
+        return np.minimum(number, (self.done_B + self.have_B)[row])
+
+    def turn(self, rows: np.ndarray, ask: Callable[[np.ndarray, np.ndarray], Tensor], eos: int | None = None) -> None:
         """Fill one slot or more of each request.
 
         Args:
-            drafted, checked: log-probabilities (N, V) of slots (row, number); checked, when the drafted ids are in place.
-            eos: where a text ends.
+            ask: log-probabilities (N, V) of slots (row, number), given what is `told`. eos: what ends a text.
         """
-        row, number = self.ahead(rows, self.o.draft)
-        logq = drafted(row, number)
-        ids = draw(logq, self.u("draw", row, number))[0].cpu().numpy()
-        self.put(row, number, ids)
-        row2, number2 = self.ahead(rows, self.o.draft + 1)  # and one that follows the draft
-        logp = checked(row2, number2)
-        extra = draw(logp, self.u("draw", row2, number2))[0].cpu().numpy()
-        place, place2 = number - self.done_B[row], number2 - self.done_B[row2]  # in the draft
-        at, at2 = np.searchsorted(rows, row), np.searchsorted(rows, row2)
-        both = np.zeros((len(rows), self.o.draft + 1), dtype=np.int64)
-        both[at2, place2] = np.arange(len(row2))
-        second = both[at, place]
-        keep, instead = settle(
-            logp[torch.from_numpy(second).to(logp.device)], logq, ids, self.u("accept", row, number), self.u("again", row, number)
-        )
-        drafted_n, checked_n = np.bincount(at, minlength=len(rows)), np.bincount(at2, minlength=len(rows))
-        new, other = np.zeros(both.shape, dtype=np.int64), np.zeros(both.shape, dtype=np.int64)
-        new[at, place], other[at2, place2] = ids, extra
-        other[at, place] = instead
-        bad = np.ones(both.shape, dtype=bool)  # what follows the draft counts as not kept
-        bad[at, place] = ~keep
-        kept = np.minimum(bad.argmax(1), drafted_n)
-        new[np.arange(len(rows)), kept] = other[np.arange(len(rows)), kept]
-        n = np.minimum(kept + 1, checked_n)
+        n = np.minimum(self.o.draft + 1, self.total_B[rows] - self.done_B[rows])
+        at, every = np.repeat(np.arange(len(rows)), n), np.arange(len(rows))
+        row, place = rows[at], np.arange(int(n.sum())) - np.repeat(np.cumsum(n) - n, n)
+        number = self.done_B[row] + place
+        logp = ask(row, number)
+        new = np.zeros((len(rows), self.o.draft + 1), dtype=np.int64)
+        new[at, place] = fresh = draw(logp, self.u("draw", row, number))[0].cpu().numpy()
+        bad = np.ones(new.shape, dtype=bool)  # what is not drafted counts as not kept
+        key, mine = row * (self.slots_BL.shape[1] + 1) + number, np.flatnonzero(place < self.have_B[row])
+        if len(mine):
+            r, i, on = row[mine], number[mine], logp.device
+            before = torch.from_numpy(np.searchsorted(self.key, key[mine])).to(on)
+            ids = self.state.ids_BC[r, self.first + self.slots_BL[r, i]]
+            keep, instead = settle(
+                logp[torch.from_numpy(mine).to(on)], self.logq[before], ids, self.u("accept", r, i), self.u("again", r, i)
+            )
+            bad[at[mine], place[mine]], new[at[mine], place[mine]] = ~keep, np.where(keep, ids, instead)
+        filled = np.minimum(bad.argmax(1) + 1, n)  # the first that is not kept stands for it
         if eos is not None:
-            ends = (new == eos) & (np.arange(new.shape[1]) < n[:, None])
-            n = np.where(ends.any(1), ends.argmax(1) + 1, n)
-            self.total_B[rows] = np.where(ends.any(1), self.done_B[rows] + n, self.total_B[rows])
-        mine, offset = np.nonzero(np.arange(new.shape[1]) < n[:, None])
-        self.put(rows[mine], self.done_B[rows[mine]] + offset, new[mine, offset])
-        self.done_B[rows] += n
+            ends = (new == eos) & (np.arange(new.shape[1]) < filled[:, None])
+            filled = np.where(ends.any(1), ends.argmax(1) + 1, filled)
+            self.total_B[rows] = np.where(ends.any(1), self.done_B[rows] + filled, self.total_B[rows])
+        self.put(row, number, np.where(place < filled[at], new[at, place], fresh))
+        self.done_B[rows] += filled
+        self.have_B[rows] = (n - filled)[every]
+        self.key, self.logq = key, logp
 
 
 def write_drafted(model: FourM, state: State, target: str, o: GenerateOptions, begin: np.ndarray, rows: np.ndarray,
@@ -124,27 +118,26 @@ def write_drafted(model: FourM, state: State, target: str, o: GenerateOptions, b
     if len(rows):
         memory.read(pack(layout, part.ids_BC, part.known_BC, nothing, registers).to(model.device))
 
-    def logp(row: np.ndarray, number: np.ndarray, told: bool) -> Tensor:
-        slot = slots_BL[row, number]
+    def ask(row: np.ndarray, number: np.ndarray) -> Tensor:
+        slot, told = slots_BL[row, number], draft.told(row, number)
         asked = nothing.copy()
         asked[np.searchsorted(rows, row), columns.start + slot] = True
         packed = pack(layout, state.ids_BC[rows], nothing, asked)
-        if not told:  # only the first of the draft knows the id before it
-            packed = replace(packed, dec_prev=torch.where(torch.from_numpy(number == draft.done_B[row]), packed.dec_prev, -1))
+        known = torch.from_numpy(told == number)  # the id before it
         written = memory.written_S
-        h = memory.write(packed.to(model.device))
+        h = memory.write(replace(packed, dec_prev=torch.where(known, packed.dec_prev, -1)).to(model.device))
         memory.written_S = written
+        count(np.unique(row))
         holds = state.rows(row)
-        holds.known_BC[:, columns] = np.arange(spec.slots) < (slot if told else begin[row] + draft.done_B[row])[:, None]
+        holds.known_BC[:, columns] = np.arange(spec.slots) < (begin[row] + told)[:, None]
         out = choose(h, holds)
         last = torch.from_numpy(slot == spec.slots - 1).to(out.device)  # it can only end the text
         end = torch.full_like(out[:1], -torch.inf)
         end[:, spec.eos] = 0
-        count(np.unique(row))
         return torch.where(last[:, None], end, out)
 
     while len(alive := np.flatnonzero(draft.done_B < draft.total_B)):
-        draft.round(alive, lambda r, n: logp(r, n, False), lambda r, n: logp(r, n, True), spec.eos)
+        draft.turn(alive, ask, spec.eos)
         memory.written_S = torch.from_numpy(draft.done_B[rows]).to(model.device)
     return begin + draft.done_B
 
@@ -154,8 +147,8 @@ def fill_drafted(model: TokenModel, state: State, target: str, o: GenerateOption
     """Fill the unknown slots of a grid or codes target from left to right, in place.
 
     Args:
-        choose: (requests, which of their slots are asked (N, L), number of each slot in its order (N,), how many the request has
-            (N,), block of every slot (N, C) or None) to filtered log-probabilities (N, V), row by row. count: as above.
+        choose: (states, the one slot asked of each (N, L), its number in its order (N,), how many the request has (N,), block of
+            every slot (N, C) or None) to filtered log-probabilities (N, V). count: as above.
     """
     columns = model.layout.slice(target)
     unknown = ~state.known_BC[:, columns] & there(model.layout, state.ids_BC, state.known_BC)[:, columns]
@@ -167,17 +160,16 @@ def fill_drafted(model: TokenModel, state: State, target: str, o: GenerateOption
         block_BC = np.zeros(state.known_BC.shape, dtype=np.int64)
         block_BC[:, columns] = np.where(unknown, np.cumsum(unknown, 1), 0)
 
-    def logp(row: np.ndarray, number: np.ndarray, told: bool) -> Tensor:
-        who, which = (np.arange(len(row)), row) if told else np.unique(row, return_inverse=True)[::-1]
-        part = state.rows(which)
-        asked = np.zeros((len(which), unknown.shape[1]), dtype=bool)
-        asked[who, slots_BL[row, number]] = True
-        known = draft.done_B[which] if not told else number
-        place = np.argsort(slots_BL[which], axis=1)  # of each slot among those to fill
-        part.known_BC[:, columns] |= unknown[which] & (place < known[:, None])
+    place = np.argsort(slots_BL, axis=1)  # of each slot among those to fill
+
+    def ask(row: np.ndarray, number: np.ndarray) -> Tensor:
+        part = state.rows(row)  # each slot sees other beginnings
+        asked = np.zeros((len(row), unknown.shape[1]), dtype=bool)
+        asked[np.arange(len(row)), slots_BL[row, number]] = True
+        part.known_BC[:, columns] |= unknown[row] & (place[row] < draft.told(row, number)[:, None])
         count(np.unique(row))
-        return choose(part, asked, number, total[row], None if block_BC is None else block_BC[which])
+        return choose(part, asked, number, total[row], None if block_BC is None else block_BC[row])
 
     while len(alive := np.flatnonzero(draft.done_B < draft.total_B)):
-        draft.round(alive, lambda r, n: logp(r, n, False), lambda r, n: logp(r, n, True))
+        draft.turn(alive, ask)
     state.known_BC[:, columns] |= unknown
