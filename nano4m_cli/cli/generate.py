@@ -70,6 +70,14 @@ def command(
         str | None,
         typer.Option("--guidance", metavar="S", help="Pull of conditions (1: plain; default: 2.5 if trained for); or a ramp."),
     ] = None,
+    refresh: Annotated[
+        int | None,
+        typer.Option("--refresh", min=0, metavar="R", help="Read earlier slots anew every R steps only: faster (default: always)."),
+    ] = None,
+    draft: Annotated[
+        int | None,
+        typer.Option("--draft", min=1, metavar="K", help="Draft K ids of text and sound at a time, then check: fewer model calls."),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -96,15 +104,16 @@ def command(
     A request (a recipe, a line of --requests) has the keys from, keep, not, sample, to or chain, n, and these options; chain
     is a list of steps, each with to, given (what it sees), keep and its own options; a line may have an id.
 
-    --json: {run, out, files: [path], texts: [{modality, text}], notices: [text], best_of: {rank, scores, chosen}};
-    with --requests {run, out, manifest, made: [id], kept: [id], failed: [{line, id, error, hint}], samples, seconds,
-    samples_per_s}.
+    --json: {run, out, files: [path], texts: [{modality, text}], notices: [text], ids_per_call: {modality: number},
+    best_of: {rank, scores, chosen}}; with --requests {run, out, manifest, made: [id], kept: [id], failed: [{line, id, error,
+    hint}], samples, seconds, samples_per_s}.
     """
     show = Show(as_json, quiet)
     options = {
         "scheme": scheme, "steps": steps, "schedule": schedule, "temperature": temperature, "noise": noise,
         "text_temperature": text_temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition": repetition,
-        "guidance": guidance, "seed": seed, "n": n, "best_of": best_of, "rank": rank, "weights": read_weights(weight or []),
+        "guidance": guidance, "refresh": refresh, "draft": draft, "seed": seed, "n": n, "best_of": best_of, "rank": rank,
+        "weights": read_weights(weight or []),
     }
     options = {k: v for k, v in options.items() if v not in (None, {})}
     asked: dict[str, Any] = {
@@ -145,12 +154,14 @@ def command(
         show.say(f"notice: {notice}")
     for modality, text in report.texts:
         show.line(f"{modality}: {text}")
+    for modality, rate in report.ids_per_call.items():
+        show.say(f"{modality}: {rate:.3g} ids per model call")
     for file in report.files:
         show.line(str(file))
     texts = [{"modality": modality, "text": text} for modality, text in report.texts]
     show.document({
         "run": report.run, "out": report.out, "files": report.files, "texts": texts, "notices": report.notices,
-        **({} if getattr(report, "best", None) is None else {"best_of": report.best}),
+        "ids_per_call": report.ids_per_call, **({} if report.best is None else {"best_of": report.best}),
     })
 
 

@@ -117,7 +117,7 @@ class Prepared:
 
 @dataclass
 class GenerateReport:
-    """What was written: files, texts by modality, and notices on what was done to the input.
+    """What was written: files, texts by modality, notices on what was done to the input, and how many ids a model call gave.
 
     best: of candidates: rank, their scores per sample, and which was chosen.
     """
@@ -127,6 +127,7 @@ class GenerateReport:
     files: list[Path] = field(default_factory=list)
     texts: list[tuple[str, str]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    ids_per_call: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] | None = None
 
 
@@ -146,11 +147,13 @@ def generate_files(
 
 @dataclass
 class Made:
-    """A request's samples: per target raw values and ids; of candidates their scores (n, best_of) and who was chosen (n,)."""
+    """A request's samples: per target raw values and ids, and how many ids were made in how many model calls; of candidates
+    their scores (n, best_of) and who was chosen (n,)."""
 
     prepared: Prepared
     raws: dict[str, list[Any]]
     ids: dict[str, list[np.ndarray]]
+    work: dict[str, np.ndarray] = field(default_factory=dict)
     scores: np.ndarray | None = None
     chosen: np.ndarray | None = None
     notices: list[str] = field(default_factory=list)
@@ -379,6 +382,7 @@ class Studio:
                     made = out[owner[row]]
                     made.raws.setdefault(target, []).append(raw)
                     made.ids.setdefault(target, []).append(take(self.layout, state, row, target))
+                    made.work[target] = made.work.get(target, 0) + state.work[target][row]
         return out
 
     def _choose(self, made: Made, state: State, stages: Sequence[Sequence[Stage]], batch: int) -> None:
@@ -406,7 +410,8 @@ class Studio:
     def write(self, made: Made, out: Path) -> GenerateReport:
         """Write every output, its ids, and a sheet of condition | output | truth."""
         prepared = made.prepared
-        report = GenerateReport(self.run.name, out, notices=made.notices)
+        rates = {m: round(float(ids / calls), 4) for m, (ids, calls) in made.work.items() if calls}
+        report = GenerateReport(self.run.name, out, notices=made.notices, ids_per_call=rates)
         out.mkdir(parents=True, exist_ok=True)
         if made.scores is not None:
             scores = np.round(made.scores, 6).tolist()

@@ -33,6 +33,11 @@ class GenerateOptions(Config):
     from. 1: none, and half the work. None: `GUIDANCE` where training posed u's question, else 1 (see `resolve`).
     weights: (modality, w), a mapping in files: logits are u + sum of w_i (c_i - u), where c_i sees the target's own slots
     and modality i alone; all conditions without a weight are one more c_i, of weight `guidance`.
+
+    refresh: r: what the encoder made of slots known before stays as it is when slots become known, and is made anew every r
+    steps only; None or 0: it is made anew at every step. A block-causal encoder makes nothing anew unless told to.
+    draft: k: text, and codes and grids of scheme ar (codes also of auto), are drafted k slots at a time, then checked: the ids are
+    distributed as without it (generate/speculative.py).
     """
 
     scheme: Scheme = "auto"
@@ -47,6 +52,8 @@ class GenerateOptions(Config):
     repetition: float = Field(1.0, ge=1, le=10)
     guidance: Ramp(0, STRONGEST) = None
     weights: tuple[tuple[str, float], ...] = ()
+    refresh: int | None = Field(None, ge=0)
+    draft: int | None = Field(None, ge=1, le=64)
     seed: int = Field(0, ge=0)
 
     @field_validator("temperature")

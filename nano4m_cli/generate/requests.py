@@ -192,7 +192,7 @@ def _entry(report: GenerateReport, request: Request) -> dict[str, Any]:
     return {
         "files": [f.name for f in report.files], "samples": request.n, "seed": request.seed,
         "texts": [{"modality": m, "text": t} for m, t in report.texts], "notices": report.notices,
-        **ranked,
+        "ids_per_call": report.ids_per_call, **ranked,
     }
 
 

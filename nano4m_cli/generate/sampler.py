@@ -5,8 +5,8 @@ Every draw is a function of (seed, request, slot), so a request gives the same s
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,12 +15,15 @@ from torch import Tensor
 from nano4m_cli.errors import UsageError
 from nano4m_cli.generate.choose import draw, filter_logits, penalize
 from nano4m_cli.generate.options import GUIDANCE, GenerateOptions, resolve
+from nano4m_cli.generate.reader import Reader, Rewriter, Writer
 from nano4m_cli.generate.schedules import counts, ramp_at
+from nano4m_cli.generate.speculative import fill_drafted, write_drafted
 from nano4m_cli.generate.state import Stage, State, there, views
 from nano4m_cli.model.base import TokenModel
-from nano4m_cli.model.batch import Packed, pack
+from nano4m_cli.model.batch import pack
 from nano4m_cli.model.fourm import FourM
 from nano4m_cli.model.gpt import GPT
+from nano4m_cli.model.layers import TokenTable
 from nano4m_cli.spec import TokenSpec
 from nano4m_cli.tokenizers._fsq import FSQ
 
@@ -33,7 +36,17 @@ def fill(model: TokenModel, state: State, target: str, options: GenerateOptions)
     Text is written until EOS; what follows EOS stays unknown.
     """
     spec = model.layout.specs[model.layout.names.index(target)]
-    with torch.inference_mode():
+    if options.refresh and not isinstance(model, FourM):
+        raise UsageError(
+            "only runs of task fourm keep what their encoder made of earlier slots", "leave --refresh out"
+        )
+    if options.draft and (isinstance(model, GPT) or (spec.kind == "sequence" and not (isinstance(model, FourM)))):
+        raise UsageError(f"the model of this run cannot draft {target}: only runs of task fourm draft text", "leave --draft out")
+    columns = model.layout.slice(target)
+    known = state.known_BC[:, columns].sum(1)
+    state.work[target] = np.zeros((len(known), 2), dtype=np.int64)
+    held = model.head.held() if isinstance(model.head, TokenTable) else contextlib.nullcontext()
+    with torch.inference_mode(), held:
         if isinstance(model, GPT):
             _read_on(model, state, target, options)
         elif spec.kind == "sequence" and not model.wholly and model.causal_text:
@@ -41,10 +54,13 @@ def fill(model: TokenModel, state: State, target: str, options: GenerateOptions)
         elif spec.kind == "sequence" and not model.wholly:
             left_to_right = {"scheme": "ar", "temperature": options.text_temperature}
             _fill_slots(model, state, target, options.model_copy(update=left_to_right))
+        elif options.draft and options.scheme in ("ar", "auto") and (spec.kind == "codes" or options.scheme == "ar"):
+            _draft_slots(model, state, target, options)
         elif options.scheme == "mean":
             _estimate(model, state, target, options)
         else:
             _fill_slots(model, state, target, options)
+    state.work[target][:, 0] = state.known_BC[:, columns].sum(1) - known
 
 
 def chain(model: TokenModel, state: State, targets: Sequence[str], options: GenerateOptions, batch: int = 128) -> None:
@@ -82,6 +98,7 @@ def _stage(
         state.values[target] = np.full((len(state.ids_BC), *part.values[target].shape[1:]), np.nan, np.float32)
     if target in state.values:
         state.values[target][index] = part.values.get(target, np.nan)
+    state.work.setdefault(target, np.zeros((len(state.ids_BC), 2), dtype=np.int64))[index] = part.work[target]
 
 
 def _fill_slots(model: TokenModel, state: State, target: str, o: GenerateOptions) -> None:
@@ -97,6 +114,7 @@ def _fill_slots(model: TokenModel, state: State, target: str, o: GenerateOptions
         order = state.uniform(o.seed, f"order/{target}", np.arange(len(unknown))[:, None], np.arange(slots))
     plan = [counts(int(n), steps, schedule) for n in unknown.sum(1)]
     steps_B = np.array([len(p) for p in plan])
+    reader = Reader.of(model, o, columns)
     for step in range(max((len(p) for p in plan), default=0)):
         n_now = np.array([p[step] if step < len(p) else 0 for p in plan])
         active = np.flatnonzero(n_now)
@@ -110,7 +128,10 @@ def _fill_slots(model: TokenModel, state: State, target: str, o: GenerateOptions
         else:
             rank = np.argsort(np.argsort(np.where(now, order[active], np.inf), axis=1, kind="stable"), axis=1)
             asked = now & (rank < n_now[active, None])
-        row, slot, ids, logp = _ask(model, state.rows(active), columns, asked, target, o, step, steps_B[active])
+        if reader is not None:
+            reader.turn(step, active)
+        state.work[target][active, 1] += 1
+        row, slot, ids, logp = _ask(model, state.rows(active), columns, asked, target, o, step, steps_B[active], reader)
         if scheme == "maskgit" and step + 1 < steps:
             # Confidence of what was drawn, with Gumbel noise that fades as the schedule ends.
             u = state.uniform(o.seed, f"confidence/{target}", active[row], slot, step)
@@ -125,6 +146,23 @@ def _fill_slots(model: TokenModel, state: State, target: str, o: GenerateOptions
     there = _exists(model, state)[:, columns]
     assert (state.known_BC[:, columns] | ~there).all(), target
     state.known_BC[:, columns] &= there  # what follows the end of a text is none of it
+
+
+def _draft_slots(model: TokenModel, state: State, target: str, o: GenerateOptions) -> None:
+    columns, spec = model.layout.slice(target), model.layout.specs[model.layout.names.index(target)]
+
+    def choose(part: State, asked_NL: np.ndarray, number_N: np.ndarray, total_N: np.ndarray, block_NC: np.ndarray | None) -> Tensor:
+        out = torch.zeros(len(number_N), spec.vocab_size, device=model.device)
+        heat = ramp_at(o.temperature, number_N, total_N)
+        for at, logits in _logits(model, part, columns, asked_NL, o, number_N, total_N, block_BC=block_NC):
+            own = heat if isinstance(heat, float) else torch.from_numpy(heat[at]).to(logits)
+            out[torch.from_numpy(at).to(out.device)] = filter_logits(logits, own, o.top_k, o.top_p, o.min_p)
+        return out
+
+    def count(rows: np.ndarray) -> None:
+        state.work[target][rows, 1] += 1
+
+    fill_drafted(model, state, target, o, choose, count)
 
 
 def _noise(o: GenerateOptions, step: int, steps: int, own_N: np.ndarray) -> float | np.ndarray:
@@ -142,6 +180,7 @@ def _estimate(model: TokenModel, state: State, target: str, o: GenerateOptions) 
     asked = ~state.known_BC[:, columns]
     values = value_VD[torch.from_numpy(np.where(asked, 0, state.ids_BC[:, columns]))].numpy()
     row, slot = np.nonzero(asked)
+    state.work[target][:, 1] = 1
     for at, logits in _logits(model, state, columns, asked, o):
         values[row[at], slot[at]] = (logits.softmax(-1).cpu() @ value_VD).numpy()
         state.ids_BC[row[at], columns.start + slot[at]] = logits.argmax(-1).cpu().numpy()
@@ -151,7 +190,7 @@ def _estimate(model: TokenModel, state: State, target: str, o: GenerateOptions) 
 
 def _ask(
     model: TokenModel, state: State, columns: slice, asked_BL: np.ndarray, target: str, o: GenerateOptions, step: int,
-    steps_B: np.ndarray,
+    steps_B: np.ndarray, reader: Reader | None = None,
 ):
     """Return (row, slot, drawn id, the model's log-probability of it), numpy, for every asked slot.
 
@@ -163,7 +202,7 @@ def _ask(
     u = state.uniform(o.seed, f"draw/{target}", row, slot, step)
     spec = model.layout.specs[model.layout.names.index(target)]
     heat = ramp_at(o.temperature, step, steps_B[row])
-    for at, logits in _logits(model, state, columns, asked_BL, o, step, steps_B):
+    for at, logits in _logits(model, state, columns, asked_BL, o, step, steps_B, reader):
         own = heat if isinstance(heat, float) else torch.from_numpy(heat[at]).to(logits)
         drawn, _ = draw(filter_logits(_fresh(logits, state, columns, row[at], spec, o), own, o.top_k, o.top_p, o.min_p), u[at])
         # Confidence is the model's own, before temperature and filters.
@@ -185,9 +224,13 @@ def _fresh(logits_NV: Tensor, state: State, columns: slice, row_N: np.ndarray, s
 
 def _logits(
     model: TokenModel, state: State, columns: slice, asked_BL: np.ndarray, o: GenerateOptions, step: int = 0,
-    steps_B: np.ndarray | None = None,
+    steps_B: np.ndarray | None = None, reader: Reader | None = None, block_BC: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Yield (which of the asked slots in row-major order (n,), their fp32 logits (n, V)), guidance applied."""
+    """Yield (which of the asked slots in row-major order (n,), their fp32 logits (n, V)), guidance applied.
+
+    Args:
+        step: one, or one per asked slot. block_BC: of a block-causal encoder that is read anew.
+    """
     layout = model.layout
     asked_BC = np.zeros(state.known_BC.shape, dtype=bool)
     asked_BC[:, columns] = asked_BL
@@ -197,10 +240,15 @@ def _logits(
     asked_BC = np.tile(asked_BC, (len(shown), 1))
     # A model that sees every slot is asked for all that is not shown; the answers that are not wanted are left.
     posed_BC = there_BC & ~shown_BC if model.wholly else asked_BC
-    packed = pack(layout, ids_BC, shown_BC, posed_BC, model.config.registers).to(model.device)
+    if reader is None:
+        blocks = None if block_BC is None else np.tile(block_BC, (len(shown), 1))
+        packed = pack(layout, ids_BC, shown_BC, posed_BC, model.config.registers, block_BC=blocks).to(model.device)
+        answers = model.ask(packed)
+    else:
+        packed, answers = reader.ask([v.name for v in shown], ids_BC, shown_BC, posed_BC)
     wanted = asked_BC[posed_BC]
     number = np.cumsum(wanted) - 1
-    for index, logits in zip(packed.group_index, model(packed), strict=True):
+    for index, logits in zip(packed.group_index, answers, strict=True):
         if index is None:
             continue
         index = index.cpu().numpy()
@@ -214,7 +262,7 @@ def _logits(
             base, *given = logits.split(len(at))
             logits = base
             for view, one in zip(shown[1:], given, strict=True):
-                scale = ramp_at(view.weight, step, steps_N[at])
+                scale = ramp_at(view.weight, step if np.ndim(step) == 0 else step[at], steps_N[at])
                 scale = scale if isinstance(scale, float) else torch.from_numpy(scale).to(one)[:, None]
                 logits = logits + scale * (one - base)
         yield at, logits
@@ -273,6 +321,7 @@ def _read_on(model: GPT, state: State, target: str, o: GenerateOptions) -> None:
             logp = filter_logits(_fresh(logits, part, columns, some, spec, o), heat, o.top_k, o.top_p, o.min_p)
             u = part.uniform(o.seed, f"draw/{target}", some, col[some] - columns.start)
             new = draw(logp, u)[0].cpu().numpy()
+            state.work[target][todo[some], 1] += 1
             if spec.kind == "sequence":  # the last slot can only end the text
                 new = np.where(col[some] == columns.stop - 1, spec.eos, new)
             part.ids_BC[some, col[some]] = new
@@ -285,7 +334,7 @@ def _read_on(model: GPT, state: State, target: str, o: GenerateOptions) -> None:
     state.ids_BC[todo], state.known_BC[todo] = part.ids_BC, part.known_BC
 
 
-def _write_text(model: FourM, state: State, target: str, o: GenerateOptions) -> None:
+def _write_text(model: TokenModel, state: State, target: str, o: GenerateOptions) -> None:
     layout, columns = model.layout, model.layout.slice(target)
     spec = layout.specs[layout.names.index(target)]
     group = int(layout.group_C[columns.start])
@@ -295,19 +344,27 @@ def _write_text(model: FourM, state: State, target: str, o: GenerateOptions) -> 
     assert (known == (np.arange(spec.slots) < begin[:, None])).all(), "the known part of a text is its beginning"
     last = state.ids_BC[np.arange(b), columns.start + np.maximum(begin - 1, 0)]
     alive = np.flatnonzero((begin == 0) | (last != spec.eos))
-    nothing = np.zeros_like(state.known_BC)
-    packed = pack(layout, state.ids_BC, state.known_BC, nothing, model.config.registers).to(model.device)
-    encoded = model.encode(packed)  # once: what is shown does not change while the text is written
+    if o.draft:
+        def choose(h: Tensor, holds: State) -> Tensor:
+            logits = _fresh(group_logits(model, h, group), holds, columns, np.arange(len(h)), spec, o)
+            return filter_logits(logits, o.text_temperature, o.top_k, o.top_p, o.min_p)
+
+        def count(rows: np.ndarray) -> None:
+            state.work[target][rows, 1] += 1
+
+        end = write_drafted(model, state, target, o, begin, alive, choose, count)
+        state.known_BC[:, columns] = np.arange(spec.slots) < end[:, None]
+        return
+    if isinstance(model, FourM):
+        writer: Writer | Rewriter = Writer(model, state, target, alive)
+    else:
+        writer = Rewriter(model, state, target, begin)
     end = begin.copy()
     while len(alive):
-        asked = np.zeros_like(state.known_BC[alive])
-        slot = np.arange(spec.slots)
-        asked[:, columns] = (slot >= begin[alive, None]) & (slot <= end[alive, None])
-        dec = pack(layout, state.ids_BC, nothing, asked, 0, answers=(state.ids_BC[alive], alive))
-        h = model.decode(_with_encoder(dec, packed), encoded)
-        final = h[torch.from_numpy(np.cumsum(asked.sum(1)) - 1)]
+        final = writer.next(alive, end[alive])
+        state.work[target][alive, 1] += 1
         part = state.rows(alive)
-        part.known_BC[:, columns] = slot < end[alive, None]  # what is written already
+        part.known_BC[:, columns] = np.arange(spec.slots) < end[alive, None]  # what is written already
         logits = _fresh(group_logits(model, final, group), part, columns, np.arange(len(alive)), spec, o)
         logp = filter_logits(logits, o.text_temperature, o.top_k, o.top_p, o.min_p)
         u = state.uniform(o.seed, f"draw/{target}", alive, end[alive])
@@ -324,9 +381,3 @@ def group_logits(model: TokenModel, h_ND: Tensor, group: int) -> Tensor:
     """Return the logits (N, V) of one vocabulary group for decoder outputs."""
     start = model.layout.vocab_start
     return torch.nn.functional.linear(h_ND, model.head.weight()[start[group] : start[group + 1]].to(h_ND.dtype))
-
-
-def _with_encoder(dec: Packed, enc: Packed) -> Packed:
-    """Return `dec` with the encoder side of `enc`."""
-    moved = dec.to(enc.enc_ids.device)
-    return replace(moved, enc_ids=enc.enc_ids, enc_col=enc.enc_col, enc=enc.enc)

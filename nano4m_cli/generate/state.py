@@ -19,7 +19,7 @@ class State:
 
     values: per modality filled by scheme "mean", the expected code values (B, slots, levels), NaN in rows that were sampled.
     seed_B: each request's seed (None: that of the options). away_ids_BC, away_BC: what guidance moves away from, beside
-    the target's own slots (None: nothing).
+    the target's own slots (None: nothing). work: per modality filled (B, 2): how many ids, in how many model calls.
     """
 
     ids_BC: np.ndarray
@@ -29,6 +29,7 @@ class State:
     seed_B: np.ndarray | None = None
     away_ids_BC: np.ndarray | None = None
     away_BC: np.ndarray | None = None
+    work: dict[str, np.ndarray] = field(default_factory=dict)
 
     def rows(self, index: np.ndarray) -> State:
         values = {t: v[index] for t, v in self.values.items()}
@@ -85,12 +86,13 @@ def there(layout: Layout, ids_BC: np.ndarray, known_BC: np.ndarray) -> np.ndarra
 
 @dataclass(frozen=True)
 class View:
-    """What a model is shown of every request when the target is asked for, and the weight of its answer."""
+    """What a model is shown of every request when the target is asked for, the weight of its answer, and which view it is."""
 
     ids_BC: np.ndarray
     shown_BC: np.ndarray
     there_BC: np.ndarray
     weight: float | str = 1.0
+    name: str = ""
 
 
 def views(layout: Layout, state: State, columns: slice, o: GenerateOptions) -> list[View]:
@@ -112,8 +114,8 @@ def views(layout: Layout, state: State, columns: slice, o: GenerateOptions) -> l
         mine[layout.slice(name)] = True
         rest_C &= ~mine
         if weight and (state.known_BC & mine & ~own_C).any():
-            out.append(View(state.ids_BC, state.known_BC & (own_C | mine), exists, weight))
+            out.append(View(state.ids_BC, state.known_BC & (own_C | mine), exists, weight, name))
     if not o.weights or (state.known_BC & rest_C).any():
         scale = 1.0 if o.guidance is None else o.guidance
-        out.append(View(state.ids_BC, state.known_BC & (own_C | rest_C), exists, scale))
+        out.append(View(state.ids_BC, state.known_BC & (own_C | rest_C), exists, scale, "*"))
     return out

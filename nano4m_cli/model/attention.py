@@ -42,15 +42,20 @@ class Group:
 
 
 class Mask:
-    """Which keys a query may see: keys of its own row and, where the row is causal, none after it.
+    """Which keys a query may see: keys of its own row and, where the row is causal, none after it; of blocks, none of a
+    later block.
 
     Args:
         q, k: row maps. k_row: (q.rows,) row of k that each row of q looks at; None: the same.
         causal: (q.rows,) bool, or None.
+        block: (T,) block of each token, where queries and keys are the same tokens; None: all are one.
     """
 
-    def __init__(self, q: Ragged, k: Ragged, k_row: Tensor | None = None, causal: Tensor | None = None):
-        self.q, self.k, self.k_row, self.causal = q, k, k_row, causal
+    def __init__(
+        self, q: Ragged, k: Ragged, k_row: Tensor | None = None, causal: Tensor | None = None, block: Tensor | None = None
+    ):
+        self.q, self.k, self.k_row, self.causal, self.block = q, k, k_row, causal, block
+        assert block is None or q is k
         self.groups = [self._group(rows) for rows in self._rows()]
         self._cache: dict[tuple, Tensor] = {}
 
@@ -71,6 +76,10 @@ class Mask:
         if self.causal is not None and bool(self.causal[some].any()):
             assert q_width == k_width, (q_width, k_width)
             allowed = allowed & ((key[:, None] >= key) | ~self.causal[some][:, None, None])  # (S, Lq, Lk)
+        if self.block is not None:
+            block = self.block.new_zeros(self.q.rows * self.q.width).index_copy_(0, self.q.place, self.block)
+            block = block.view(self.q.rows, -1)[some][:, :q_width]
+            allowed = allowed & (block[:, :, None] >= block[:, None])
         bias = torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, NEVER)
         return Group(rows, q_width, k_width, bias)
 
@@ -129,9 +138,10 @@ class Cache:
     def empty(cls, samples: int, heads: int, length: int, width: int, like: Tensor) -> Cache:
         return cls(*(like.new_zeros(samples, heads, length, width) for _ in "kv"))
 
-    def fill(self, k_TD: Tensor, v_TD: Tensor, rows: Ragged) -> None:
-        """Put packed rows in, each from the left."""
+    def fill(self, k_TD: Tensor, v_TD: Tensor, rows: Ragged, at_S: Tensor | None = None) -> None:
+        """Put packed rows in, each from the left, or behind the `at` tokens that are there."""
         row, offset = rows.place // rows.width, rows.place % rows.width
+        offset = offset if at_S is None else offset + at_S[row]
         for mine, new in ((self.k, k_TD), (self.v, v_TD)):
             mine[row, :, offset] = new.view(len(new), mine.shape[1], -1).to(mine.dtype)
 
@@ -150,6 +160,35 @@ def attend_cached(q_SD: Tensor, cache: Cache, length_S: Tensor) -> Tensor:
     score = (cache.k[:, :, :longest] @ q_SD.view(s, heads, width, 1).to(cache.k.dtype)).squeeze(-1) * width**-0.5
     weight = score.masked_fill(unseen[:, None], NEVER).softmax(-1)
     return (weight[:, :, None] @ cache.v[:, :, :longest]).reshape(s, heads * width).to(q_SD.dtype)
+
+
+def attend_kept(q_TD: Tensor, cache: Cache, rows: Ragged, seen_T: Tensor) -> Tensor:
+    """Return (T, D): attention of packed queries to the first `seen` cached tokens of their sample."""
+    s, heads, _, width = cache.k.shape
+    longest, m = int(seen_T.max()), rows.width
+    even = len(q_TD) == s * m
+    pad = lambda x: x if even else x.new_zeros(s * m, *x.shape[1:]).index_copy_(0, rows.place, x)  # noqa: E731
+    q = pad(q_TD).view(s, m, heads, width).transpose(1, 2).to(cache.k.dtype)
+    bias = None
+    if int(seen_T.min()) < longest or not even:
+        unseen = torch.arange(longest, device=q.device) >= pad(seen_T).view(s, 1, m, 1)
+        bias = torch.zeros(unseen.shape, dtype=q.dtype, device=q.device).masked_fill_(unseen, NEVER)
+    y = F.scaled_dot_product_attention(q, cache.k[:, :, :longest], cache.v[:, :, :longest], attn_mask=bias)
+    y = y.transpose(1, 2).reshape(s * m, -1).to(q_TD.dtype)
+    return y if even else y.index_select(0, rows.place)
+
+
+def attend_folded(q_TD: Tensor, context_KD: Tensor, kv_2DD: Tensor, heads: int, mask: Mask) -> Tensor:
+    """Return (Tq, D): attention to keys and values that are products of `context` with kv, (2 D, D), without making them: the
+    queries go through the keys' matrix, the weighted contexts through the values'."""
+    wk, wv = (w.to(q_TD.dtype).unflatten(0, (heads, -1)) for w in kv_2DD.chunk(2))  # (H, W, D)
+    q = (q_TD.unflatten(1, (heads, -1)).transpose(0, 1) @ wk) * wk.shape[1] ** -0.5  # (H, Tq, D)
+    rows, out = context_KD.split(mask.k.lengths.tolist()), []
+    for i, q_HQD in enumerate(q.split(mask.q.lengths.tolist(), 1)):
+        c = rows[i if mask.k_row is None else int(mask.k_row[i])]
+        few = q_HQD.flatten(0, 1)
+        out.append(((few @ c.T).softmax(-1) @ c).view(q_HQD.shape))
+    return (torch.cat(out, 1) @ wv.transpose(1, 2)).transpose(0, 1).flatten(1)
 
 
 def _groups(mask: Mask, heads: int, of_q: Sequence[Tensor], of_k: Sequence[Tensor]):
@@ -229,6 +268,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, heads: int) -> Tensor:
 def _loop(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask) -> Tensor:
     ks = k_TD.split(mask.k.lengths.tolist())
     vs = v_TD.split(mask.k.lengths.tolist())
+    blocks = None if mask.block is None else mask.block.split(mask.q.lengths.tolist())
     out = []
     for i, q in enumerate(q_TD.split(mask.q.lengths.tolist())):
         j = i if mask.k_row is None else int(mask.k_row[i])
@@ -239,6 +279,7 @@ def _loop(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask) -> T
             continue
         shape = lambda x: x.reshape(len(x), heads, -1).transpose(0, 1)[None]  # noqa: E731 - (1, H, L, D / H)
         causal = mask.causal is not None and bool(mask.causal[i])
-        y = F.scaled_dot_product_attention(shape(q), shape(ks[j]), shape(vs[j]), is_causal=causal)
+        may = None if blocks is None else blocks[i][:, None] >= blocks[i]
+        y = F.scaled_dot_product_attention(shape(q), shape(ks[j]), shape(vs[j]), attn_mask=may, is_causal=causal)
         out.append(y[0].transpose(0, 1).reshape(len(q), -1))
     return torch.cat(out) if out else q_TD[:0]

@@ -51,6 +51,7 @@ class Packed:
     for other kinds). dec: rows are decoder samples; dec_self: rows are (sample, modality) runs of them, the extent of
     decoder self-attention; dec_causal: (rows of dec_self,) whether a run is text.
     dec_context: (rows of dec,) encoder row that each decoder sample looks at; None: the same row.
+    enc_block: (Te,) block of each encoder token, for a block-causal encoder: it sees no later one (None: one block).
     group_index: per vocabulary group, positions in Td that it answers (None: nothing asked).
     """
 
@@ -65,6 +66,7 @@ class Packed:
     dec_causal: Tensor
     group_index: tuple[Tensor | None, ...]
     dec_context: Tensor | None = None
+    enc_block: Tensor | None = None
 
     def to(self, device) -> Packed:
         def move(value):
@@ -86,6 +88,7 @@ def pack(
     asked_BC: np.ndarray,
     registers: int = 0,
     answers: tuple[np.ndarray, np.ndarray] | None = None,
+    block_BC: np.ndarray | None = None,
 ) -> Packed:
     """Return the packed batch of dense (samples, columns) arrays.
 
@@ -95,6 +98,7 @@ def pack(
         registers: learned tokens put before each sample's encoder input, so that it is never empty.
         answers: (ids_AC, context_A) where the decoder's samples are not the encoder's: `asked_BC` then has A rows,
             decoder row a answers for encoder row context_A[a].
+        block_BC: block of each shown slot, from 0 (registers are of block 0); None: all are one.
     """
     b, m = len(ids_BC), len(layout.specs)
     place, row, col = _chosen(shown_BC)
@@ -102,6 +106,10 @@ def pack(
     enc_ids, enc_col = np.zeros(len(row) + b * registers, dtype=np.int64), np.full(len(row) + b * registers, -1)
     enc_ids[at], enc_col[at] = ids_BC.reshape(-1)[place], col
     lengths = np.bincount(row, minlength=b) + registers
+    block = None
+    if block_BC is not None:
+        block = np.zeros(len(enc_ids), dtype=np.int64)
+        block[at] = block_BC.reshape(-1)[place]
 
     dec_source, context = (ids_BC, None) if answers is None else answers
     place, arow, acol = _chosen(asked_BC)
@@ -125,6 +133,7 @@ def pack(
             as_tensor(order[a:z]) if z > a else None for a, z in zip(edges[:-1], edges[1:], strict=True)
         ),
         dec_context=None if context is None else as_tensor(context),
+        enc_block=None if block is None else as_tensor(block),
     )
 
 

@@ -7,6 +7,8 @@ sample, so that training and use pose the same question; registers make an empty
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from pydantic import field_validator
@@ -20,8 +22,12 @@ from nano4m_cli.spec import Layout
 
 
 class FourMConfig(PairConfig):
+    """encoder: what is shown sees all that is shown; or it comes in blocks, none of which sees a later one (drawn in training by
+    masking/_blocks.py), so that generation never reads anything twice."""
+
     size: str = "d3-3w128"
     registers: int = 1
+    encoder: Literal["bidirectional", "block_causal"] = "bidirectional"
 
     @field_validator("registers")
     @classmethod
@@ -69,13 +75,13 @@ class FourM(TokenModel):
             x = x + self.places(col)
         if self.config.registers:
             at = (batch.enc_col < 0).nonzero().squeeze(1)
-            tokens = self.register_tokens.repeat(batch.samples, 1)
-            x = x.index_copy(0, at, tokens.to(x.dtype))
+            if len(at):  # what is read behind other tokens has none
+                x = x.index_copy(0, at, self.register_tokens.repeat(batch.samples, 1).to(x.dtype))
         return x
 
     def encode(self, batch: Packed, layers: list[Tensor] | None = None) -> Tensor:
         """Return the encoder's output (Te, D); each layer's output is appended to `layers` where given."""
-        mask = Mask(batch.enc, batch.enc)
+        mask = Mask(batch.enc, batch.enc, block=batch.enc_block)
         x, turn = self.embed_shown(batch), self.turns(batch.enc_col)
         for block in self.encoder:
             x = block(x, mask, turn=turn)
@@ -85,9 +91,8 @@ class FourM(TokenModel):
 
     # -- decoder --------------------------------------------------------------------------------------------------
 
-    def decode(self, batch: Packed, encoded: Tensor) -> Tensor:
-        """Return the decoder's output (Td, D) for what is asked, given the encoder's."""
-        context = self.context(encoded)
+    def embed_asked(self, batch: Packed) -> Tensor:
+        """Return the decoder's input (Td, D)."""
         modality = self.modality_C[batch.dec_col]
         text = self.sequence_C[batch.dec_col]
         place = self.places(batch.dec_col)
@@ -100,12 +105,24 @@ class FourM(TokenModel):
             rows = (self.vocab_C[batch.dec_col[at]] + prev).clamp_min(0)
             told = torch.where((prev >= 0)[:, None], self.embed(rows), F.embedding(modality[at], self.begin))
             y = y.index_add(0, at, told.to(y.dtype))
+        return y
+
+    def decode(self, batch: Packed, encoded: Tensor, few: bool = False) -> Tensor:
+        """Return the decoder's output (Td, D) for what is asked, given the encoder's.
+
+        Args:
+            few: whether keys and values need not be made where few slots ask for them (without gradients, to rounding).
+        """
+        context, y = self.context(encoded), self.embed_asked(batch)
         own = Mask(batch.dec_self, batch.dec_self, causal=batch.dec_causal)
         cross = Mask(batch.dec, batch.enc, k_row=batch.dec_context)
         turn, context_turn = self.turns(batch.dec_col), self.turns(batch.enc_col)
         for block in self.decoder:
-            y = block(y, own, context, cross, turn=turn, context_turn=context_turn)
+            y = block(y, own, context, cross, turn=turn, context_turn=context_turn, few=few)
         return self.dec_norm(y)
+
+    def ask(self, batch: Packed) -> list[Tensor | None]:
+        return self.logits(batch, self.decode(batch, self.encode(batch), few=True))
 
     def answers(self, batch: Packed) -> Tensor:
         return self.decode(batch, self.encode(batch))

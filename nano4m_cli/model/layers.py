@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -11,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nano4m_cli.model.attention import Cache, Mask, attend, attend_cached
+from nano4m_cli.model.attention import Cache, Mask, attend, attend_cached, attend_folded, attend_kept
+from nano4m_cli.model.batch import Ragged
 from nano4m_cli.model.positions import rotate
 from nano4m_cli.spec import Layout
 
@@ -67,6 +70,7 @@ class TokenTable(nn.Module):
     """
 
     OWN = 0.05
+    _held: Tensor | None = None
 
     def __init__(self, layout: Layout, width: int, std: float, multiplier: float = 1.0):
         super().__init__()
@@ -89,8 +93,19 @@ class TokenTable(nn.Module):
             self.register_buffer("level_row", torch.from_numpy(rows), persistent=False)
             self.level = nn.Parameter(torch.randn(used, width) * std)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make `weight()` once for all that happens inside (the parameters must not change)."""
+        before, self._held = self._held, self.weight() if self.factored or self.multiplier != 1 else None
+        try:
+            yield
+        finally:
+            self._held = before
+
     def weight(self) -> Tensor:
         """Return the (V, D) table with level vectors added, times the multiplier."""
+        if self._held is not None:
+            return self._held
         out = self.table
         if self.factored:
             out = out + F.embedding_bag(self.level_row, self.level, mode="sum", padding_idx=0)
@@ -171,6 +186,34 @@ class Attention(nn.Module):
             cache.fill(k, v, mask.k)
         return self.out(attend(q, k, v, self.heads, mask, self.backend))
 
+    def keep(self, x: Tensor, cache: Cache, rows: Ragged, at_S: Tensor, turn: Tensor | None = None) -> Tensor:
+        """Put the keys (turned) and values of packed tokens behind the `at` tokens of each sample; return the queries (T, D)."""
+        q, k, v = self._qkv(x, x, turn, turn)
+        cache.fill(k, v, rows, at_S)
+        return q
+
+    def keep_context(self, context: Tensor, cache: Cache, rows: Ragged, at_S: Tensor, turn: Tensor | None = None) -> None:
+        """Put the keys (turned) and values of a context behind the `at` tokens of each sample."""
+        k, v = self.kv(context).chunk(2, -1)
+        k = k if self.k_norm is None else self.k_norm(k.unflatten(1, (self.heads, -1))).flatten(1)
+        cache.fill(k if turn is None else rotate(k, self.heads, turn), v, rows, at_S)
+
+    def recall(self, x: Tensor, cache: Cache, rows: Ragged, seen_T: Tensor, turn: Tensor | None = None) -> Tensor:
+        """Return (T, D): what packed tokens find among the first `seen` cached tokens of their sample."""
+        q = self.q(x)
+        q = q if self.q_norm is None else self.q_norm(q.unflatten(1, (self.heads, -1))).flatten(1)
+        return self.found(q if turn is None else rotate(q, self.heads, turn), cache, rows, seen_T)
+
+    def found(self, q: Tensor, cache: Cache, rows: Ragged, seen_T: Tensor) -> Tensor:
+        """Return `recall` for queries that are made."""
+        return self.out(attend_kept(q, cache, rows, seen_T))
+
+    def few(self, x: Tensor, mask: Mask, context: Tensor, turn: Tensor | None = None, context_turn: Tensor | None = None) -> Tensor:
+        """Return `forward` of few queries, the context's keys and values not made where that is less work."""
+        if self.k_norm is not None or turn is not None or len(x) * self.heads >= mask.q.rows * x.shape[1]:
+            return self(x, mask, context, turn=turn, context_turn=context_turn)
+        return self.out(attend_folded(self.q(x), context, self.kv.weight, self.heads, mask))
+
     def step(self, x_SD: Tensor, cache: Cache, at_S: Tensor, turn: Tensor | None = None) -> Tensor:
         """Return (S, D) for the next token of each sample, which is put into the cache at `at` (its key turned)."""
         q, k, v = self._qkv(x_SD, x_SD, turn, turn)
@@ -194,11 +237,22 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, mask: Mask, context: Tensor | None = None, cross_mask: Mask | None = None, cache: Cache | None = None,
-        turn: Tensor | None = None, context_turn: Tensor | None = None,
+        turn: Tensor | None = None, context_turn: Tensor | None = None, few: bool = False,
     ) -> Tensor:
         x = x + self.attn(self.norm1(x), mask, cache=cache, turn=turn)
         if context is not None:
-            x = x + self.cross(self.query_norm(x), cross_mask, context, turn=turn, context_turn=context_turn)
+            look = self.cross.few if few else self.cross
+            x = x + look(self.query_norm(x), cross_mask, context, turn=turn, context_turn=context_turn)
+        return x + self.mlp(self.norm2(x))
+
+    def more(self, x: Tensor, cache: Cache, rows: Ragged, at_S: Tensor, seen_T: Tensor, turn: Tensor | None = None) -> Tensor:
+        """Return (T, D) for tokens that follow the `at` ones of each sample that are cached, and are put behind them."""
+        x = x + self.attn.found(self.attn.keep(self.norm1(x), cache, rows, at_S, turn), cache, rows, seen_T)
+        return x + self.mlp(self.norm2(x))
+
+    def recall(self, x: Tensor, cross: Cache, rows: Ragged, seen_T: Tensor, turn: Tensor | None = None) -> Tensor:
+        """Return (T, D) after cross-attention to what is cached, and the MLP."""
+        x = x + self.cross.recall(self.query_norm(x), cross, rows, seen_T, turn)
         return x + self.mlp(self.norm2(x))
 
     def step(self, x_SD: Tensor, cache: Cache, at_S: Tensor, turn: Tensor | None = None) -> Tensor:

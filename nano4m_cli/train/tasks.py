@@ -12,6 +12,7 @@ from torch import Tensor
 from nano4m_cli.data.loader import SampleOrder, TokenData
 from nano4m_cli.errors import ConfigError, DataError, did_you_mean
 from nano4m_cli.masking._base import Key
+from nano4m_cli.masking._blocks import draw_blocks
 from nano4m_cli.masking._mixture import Mixture
 from nano4m_cli.model.base import TokenModel
 from nano4m_cli.model.batch import Packed, pack
@@ -70,8 +71,13 @@ class FourMTask:
         variant = (bits(key.seed, key.stream + "/variant", key.counter_B[own]) % np.uint64(variants)).astype(np.int64)
         ids, _ = data.read(index[own], variant)
         registers = self.model.config.registers
-        return [Part(pack(self.layout, ids[r.start - own.start : r.stop - own.start], shown[r], asked[r], registers), answers)
-                for r in rows]
+        causal = getattr(self.model.config, "encoder", None) == "block_causal"
+        block = draw_blocks(self.layout, shown, asked, key.sub("block")) if causal else None
+        return [
+            Part(pack(self.layout, ids[r.start - own.start : r.stop - own.start], shown[r], asked[r], registers,
+                      block_BC=None if block is None else block[r]), answers)
+            for r in rows
+        ]
 
     def batch(self, step: int) -> list[Part]:
         counter, each = self._counters(step), self.config.train.accumulate

@@ -69,10 +69,11 @@ class Attention(nn.Module):
         self.kv = nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x_BLD: Tensor, context_BKD: Tensor, mask_BLK: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, context_BKD: Tensor, mask_BLK: Tensor | None) -> Tensor:
         heads = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731 - (B, H, L, D / H)
         k, v = self.kv(context_BKD).chunk(2, -1)
-        y = F.scaled_dot_product_attention(heads(self.q(x_BLD)), heads(k), heads(v), attn_mask=mask_BLK[:, None])
+        mask = None if mask_BLK is None else mask_BLK[:, None]
+        y = F.scaled_dot_product_attention(heads(self.q(x_BLD)), heads(k), heads(v), attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -85,7 +86,7 @@ class Block(nn.Module):
             self.query_norm, self.cross = norm(), Attention(width, heads)
         self.fc1, self.fc2 = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor, context: Tensor | None = None, cross_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, context: Tensor | None = None, cross_mask: Tensor | None = None) -> Tensor:
         h = self.norm1(x)
         x = x + self.attn(h, h, mask)
         if context is not None:
@@ -112,20 +113,25 @@ class Padded4M(nn.Module):
         for table in (self.embed, self.enc_modality, self.dec_modality):
             nn.init.normal_(table.weight, std=0.02)
 
+    def forward(
+        self, shown_ids: Tensor, shown_col: Tensor, asked_col: Tensor, encoder_mask: Tensor | None = None,
+        self_mask: Tensor | None = None, cross_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return logits (B, M, vocab) of what is asked; without masks everything is real."""
+        x = self.embed(shown_ids) + self.enc_modality(self.modality_C[shown_col]) + self.position[shown_col]
+        for block in self.encoder:
+            x = block(x, encoder_mask)
+        context = self.context(self.enc_norm(x))
+        y = self.dec_modality(self.modality_C[asked_col]) + self.position[asked_col]
+        for block in self.decoder:
+            y = block(y, self_mask, context, cross_mask)
+        return self.head(self.dec_norm(y))
+
     def loss(self, batch: PaddedBatch) -> Tensor:
         """Return cross-entropy in nats: mean per modality over its targets, mean over modalities asked."""
-        modality = self.modality_C[batch.shown_col]
-        x = self.embed(batch.shown_ids) + self.enc_modality(modality) + self.position[batch.shown_col]
-        for block in self.encoder:
-            x = block(x, batch.encoder_mask)
-        context = self.context(self.enc_norm(x))
-        modality = self.modality_C[batch.asked_col]
-        y = self.dec_modality(modality) + self.position[batch.asked_col]
-        for block in self.decoder:
-            y = block(y, batch.self_mask, context, batch.cross_mask)
-        logits = self.head(self.dec_norm(y))
+        logits = self(batch.shown_ids, batch.shown_col, batch.asked_col, batch.encoder_mask, batch.self_mask, batch.cross_mask)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.asked_ids.flatten(), ignore_index=IGNORE, reduction="none")
-        real = batch.asked_ids.flatten() != IGNORE
+        real, modality = batch.asked_ids.flatten() != IGNORE, self.modality_C[batch.asked_col].flatten()
         means = [loss[chosen].mean() for m in range(self.enc_modality.num_embeddings)
-                 if (chosen := real & (modality.flatten() == m)).any()]
+                 if (chosen := real & (modality == m)).any()]
         return torch.stack(means).mean()
