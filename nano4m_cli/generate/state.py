@@ -34,7 +34,8 @@ class State:
     def rows(self, index: np.ndarray) -> State:
         values = {t: v[index] for t, v in self.values.items()}
         more = [None if x is None else x[index] for x in (self.seed_B, self.away_ids_BC, self.away_BC)]
-        return State(self.ids_BC[index], self.known_BC[index], self.request_B[index], values, *more)
+        work = {t: w[index] for t, w in self.work.items()}
+        return State(self.ids_BC[index], self.known_BC[index], self.request_B[index], values, *more, work)
 
     def uniform(self, seed: int, stream: str, row: np.ndarray, *counters: Any) -> np.ndarray:
         """Return numbers in (0, 1) of (the row's seed, stream, the row's request, counters), of their broadcast shape."""
