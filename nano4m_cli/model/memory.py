@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nano4m_cli.model.attention import Cache, Mask
-from nano4m_cli.model.batch import Packed, Ragged
+from nano4m_cli.model.batch import Packed
 from nano4m_cli.model.fourm import FourM
 
 
