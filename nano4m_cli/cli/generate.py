@@ -93,8 +93,8 @@ def command(
     is a list of steps, each with to, given (what it sees), keep and its own options; a line may have an id.
 
     --json: {run, out, files: [path], texts: [{modality, text}], notices: [text], ids_per_call: {modality: number}};
-    with --requests {run, out, manifest,
-    made: [id], kept: [id], failed: [{line, id, error, hint}], samples, seconds, samples_per_s}.
+    with --requests {run, out, manifest, made: [id], kept: [id], failed: [{line, id, error, hint}], samples, seconds,
+    samples_per_s}.
     """
     show = Show(as_json, quiet)
     options = {
