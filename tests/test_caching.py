@@ -1,8 +1,11 @@
 """What generation keeps: block-causal encoders, incremental and speculative decoding, against slow loops that keep nothing."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from workspace_factory import config, linked, one_thread, records, tiny  # noqa: F401
 
 from nano4m_cli.errors import ConfigError, UsageError
 from nano4m_cli.generate.options import GenerateOptions
@@ -17,6 +20,10 @@ from nano4m_cli.model.fourm import FourM, FourMConfig
 from nano4m_cli.model.gpt import GPT
 from nano4m_cli.model.maskgit import MaskGIT
 from nano4m_cli.model.memory import Memory
+from nano4m_cli.train.run import open_run, prepare
+from nano4m_cli.train.run import start as start_run
+
+BENCH = Path(__file__).parents[1] / "scripts" / "bench"
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 ENCODERS = ["bidirectional", "block_causal"]
@@ -254,8 +261,7 @@ def exact_codes(model, ids, known, columns, block, options):
         return {(): 1.0}
     asked = np.zeros_like(known)
     asked[0, columns[0]] = True
-    blocks = block if block.any() or model.config.encoder != "bidirectional" else None
-    packed = pack(model.layout, ids, known, asked, 1, block_BC=blocks)
+    packed = pack(model.layout, ids, known, asked, 1, block_BC=block)
     with torch.no_grad():
         (logits,) = [x for x in model(packed) if x is not None]
     out = {}
@@ -345,3 +351,45 @@ def test_work_counts_ids_and_calls(layout, sample):
     state = start(layout, sample, 4, ["txt"])
     chain(model, state, ["pic", "snd"], GenerateOptions(steps=3), batch=3)
     assert state.work["pic"].tolist() == [[12, 3]] * 4 and state.work["snd"].tolist() == [[10, 3]] * 4
+
+
+# -- training and files -----------------------------------------------------------------------------------------------------
+
+
+def test_a_block_causal_encoder_is_trained_on_blocks_and_reloaded(tiny, tmp_path, one_thread):  # noqa: F811
+    """Losses fall, accumulation changes nothing, and the run generates without reading anything twice."""
+    space = linked(tiny, tmp_path)
+    prepared = prepare(config(space.root, model__encoder="block_causal"), space)
+    (part,) = prepared.task.batch(0)
+    assert part.packed.enc_block.max() > 1 and part.packed.enc_block.shape == part.packed.enc_ids.shape
+    start_run(prepared, False, "cpu", lambda *_: None)
+    losses = [r["loss"] for r in records(prepared.folder, "train")]
+    assert losses[-1] < losses[0]
+    run = open_run(space, prepared.folder.name, "cpu")
+    assert run.model.config.encoder == "block_causal"
+    (plain,) = prepare(config(space.root, name="plain"), space).task.batch(0)
+    assert plain.packed.enc_block is None and torch.equal(plain.packed.enc_ids, part.packed.enc_ids)
+
+
+def test_the_bench_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import generate
+
+    monkeypatch.setattr(generate, "STEPS", 5)
+    figures = {f["name"]: f for f in generate.Bench(2, "d1-1w64").run(1)}
+    assert {"exact_speedup", "incremental_speedup", "plain_sample", "exact_sample", "incremental_sample"} <= set(figures)
+    assert all(0 < f["low"] <= f["value"] <= f["high"] for f in figures.values())
+
+
+def test_the_plain_way_of_the_bench_is_the_model_without_masks(monkeypatch, layout, sample):
+    """Without padding, masks of ones and none are the same."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    from _padded import Padded4M
+
+    torch.manual_seed(0)
+    model = Padded4M(layout, 32, 1, 1, 2, 60)
+    draw = np.random.default_rng(0)
+    ids, col, asked = (torch.from_numpy(draw.integers(0, 30, (2, n))) for n in (9, 9, 4))
+    see = torch.ones(2, 9, 9, dtype=torch.bool)
+    want = model(ids, col, asked, see, see[:, :4, :4], see[:, :4])
+    torch.testing.assert_close(model(ids, col, asked), want, **CLOSE)

@@ -1,10 +1,10 @@
 """Speculative decoding: one pass checks the slots drafted before, from left to right, and drafts those that follow.
 
 An id drafted with probability q is kept with probability min(1, p / q), where p is what the model says once the ids before it
-stand; at the first that is not kept an id is drawn from (p - q)+ instead (Leviathan et al. 2023, arXiv:2211.17192). So ids
-are distributed as without drafts, whatever the drafts are. The model drafts for itself: what a pass says of a slot behind the first doubtful one,
-given drafted ids or (where there are none yet) without them, is the next draft's q (as in Teng et al. 2024, arXiv:2410.01699). So
-every pass fills at least one slot.
+stand; at the first that is not kept an id is drawn from (p - q)+ instead (Leviathan et al. 2023, arXiv:2211.17192). So ids are
+distributed as without drafts, whatever the drafts are. The model drafts for itself: what a pass says of a slot behind the first
+doubtful one, given drafted ids or (where there are none yet) without them, is the next draft's q (as in Teng et al. 2024,
+arXiv:2410.01699). So every pass fills at least one slot.
 
 Draws are functions of (seed, request, slot), as everywhere. A slot that is drafted again has the same number: what is said of it
 depends on slots before it alone, so its number is independent of that.

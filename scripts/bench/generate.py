@@ -2,9 +2,8 @@
 
     python scripts/bench/generate.py [--rounds 3] [--batch 8] [--threads 2] [--json] [--quick]
 
-196 picture slots from a caption of 64 tokens in 49 steps of the random order (roar), at the size and the modalities of the
-reference configuration (`_reference.py`), with random weights: time does not depend on what is drawn. They take turns in one
-process:
+196 picture slots from a caption of 64 tokens in 49 steps of the random order (roar), at size and modalities of the reference
+configuration (`_reference.py`), with random weights: time does not depend on what is drawn. They take turns in one process:
 
     plain         as nano4M's `generate_one_modality_roar`: one sample at a time; at each step the encoder reads all that is known,
                   the decoder answers for the slots of that step, the head has all 50,304 ids of the one table.

@@ -3,8 +3,8 @@
     python scripts/bench/incremental.py [RUN ...] [--split val] [--limit 200] [--steps 12]
 
 "exact" reads everything anew at every step with a bidirectional encoder, and nothing with a block-causal one (trained with
-model.encoder=block_causal); "-" never reads anything anew; a number R does at every R-th step. The last lines draft captions
-of pictures: ids per model call, and how often the caption names what the labels name, in any place.
+model.encoder=block_causal); "-" never reads anything anew; a number R does at every R-th step. The last lines draft captions and
+sound of pictures: ids per model call, and how often the caption names what the labels name, in any place.
 """
 
 import argparse
@@ -54,8 +54,14 @@ def main() -> None:
             texts = state.decode(context.layout, "caption", context.tokenizer("caption"))
             figures = "  ".join(f"{a} {_named(context, texts, a):.3f}" for a in context.attributes)
             ids, calls = state.work["caption"].sum(0)
-            told = f"{ids / calls:.2f} ids a call  {spent:6.1f} ms a sample"
-            print(f"rgb -> caption  draft {draft or '-'}  {told}  {figures}", flush=True)
+            rate = f"{ids / calls:.2f} ids a call  {spent:6.1f} ms a sample"
+            print(f"rgb -> caption  draft {draft or '-'}  {rate}  {figures}", flush=True)
+        for draft in DRAFT:
+            begin = time.process_time()
+            state = context.generate(["rgb"], ["audio"], GenerateOptions(scheme="ar", draft=draft))
+            spent = (time.process_time() - begin) / context.n * 1e3
+            ids, calls = state.work["audio"].sum(0)
+            print(f"rgb -> audio  draft {draft or '-'}  {ids / calls:.2f} ids a call  {spent:6.1f} ms a sample", flush=True)
 
 
 def _named(context: Context, texts: list[str], attribute: str) -> float:
