@@ -559,7 +559,7 @@ def test_a_damaged_tokenizer_json_is_a_weights_error(text, tmp_path):
 WRONG = {
     "edges": np.full((20, 24), 255, np.uint8),
     "rgb": np.zeros((16, 24, 3), np.uint8),
-    "rgb_hi": np.zeros((16, 24, 3), np.uint8),
+    "rgb_hi": np.zeros((24, 16, 3), np.uint8),
     "depth": np.ones((24, 16), np.float32),
     "normal": np.ones((8, 8, 3), np.float32),
     "audio": np.zeros(0, np.float32),

@@ -172,7 +172,7 @@ class Page:
                         text_heat = gr.Slider(0, 2, usual.text_temperature, step=0.05, label="Temperature of text")
                     with gr.Row():
                         # A number widget would turn nothing into 0, which is a guidance too.
-                        guidance = gr.Textbox(label="Guidance", placeholder="empty: the run's usual; 2.5, or a ramp 4..1")
+                        guidance = gr.Textbox(label="Guidance", placeholder="empty: the usual")
                         seed = gr.Number(usual.seed, label="Seed", precision=0, minimum=0)
                     with gr.Row():
                         n = gr.Slider(1, 8, 1, step=1, label="Samples")

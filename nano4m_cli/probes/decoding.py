@@ -1,4 +1,4 @@
-"""What the choices of generation cost and bring: quality, diversity and time over schemes, steps, heat, guidance."""
+"""What the choices of generation cost and bring: schemes, steps, temperature, guidance; and the gain of best of n."""
 
 from __future__ import annotations
 
