@@ -65,7 +65,7 @@ class Probe(Base):
         metrics += self._best(context, task) if self.options.best_of else []
         usual = context.sampling([target])
         return metrics, [
-            f"acc: share of what {' and '.join(sources)} tell of each object ({', '.join(told)}) that an independent judge "
+            f"acc: share of what is told of each object by {' and '.join(sources)} ({', '.join(told)}) that an independent judge "
             f"names in what was made; in the truth after the tokenizer's round trip it names {task.reference:.3f} (reference)",
             f"distinct, vendi_judge: of the {self.options.each} samples of one condition, how many differ in what the judge names, "
             "and the Vendi score (Friedman and Dieng 2022, arXiv:2210.02410) with the cosine of the judge's own last features; "
@@ -73,7 +73,8 @@ class Probe(Base):
             "calls: times the model is asked for one sample; guidance asks twice. seconds: of one sample in batches of "
             f"{self.options.batch}, decoding not counted; measured here and now, so they differ from run to run",
             f"best of n: candidates drawn with scheme {usual.scheme}, steps {usual.steps}, temperature {usual.temperature}, "
-            f"guidance {usual.guidance}; rank judge is by a second judge, trained apart from the one that measures",
+            f"guidance {usual.guidance}; rank judge is by a second judge, trained apart from the one that measures, "
+            "but on the same samples: where both err alike, it gains in the figure alone",
         ]
 
     def _direction(self, context: Context) -> tuple[list[str], str]:
