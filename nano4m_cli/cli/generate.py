@@ -154,7 +154,7 @@ def command(
         show.say(f"notice: {notice}")
     for modality, text in report.texts:
         show.line(f"{modality}: {text}")
-    for modality, rate in report.ids_per_call.items():
+    for modality, rate in report.ids_per_call.items() if draft else ():
         show.say(f"{modality}: {rate:.3g} ids per model call")
     for file in report.files:
         show.line(str(file))
