@@ -372,7 +372,7 @@ def test_generate_hands_over_what_was_given(here, fake):
     def generate_files(workspace, run_name, request, out, device):
         seen.update(request=request, device=device)
         out = {"run": "demo", "out": here, "files": [here / "depth.png"], "texts": [("caption", "a cube")]}
-        return types.SimpleNamespace(**out, notices=["cropped"])
+        return types.SimpleNamespace(**out, notices=["cropped"], ids_per_call={}, best=None)
 
     class Request:
         model_validate = staticmethod(dict)
@@ -404,7 +404,7 @@ def test_a_recipe_is_read_and_options_go_before_it(here, fake):
 
     def generate_files(workspace, run_name, request, out, device):
         seen.update(request)
-        return types.SimpleNamespace(run="demo", out=here, files=[], texts=[], notices=[])
+        return types.SimpleNamespace(run="demo", out=here, files=[], texts=[], notices=[], ids_per_call={}, best=None)
 
     fake("nano4m_cli.generate.command", Request=Request, generate_files=generate_files)
     a_run(here, "demo")

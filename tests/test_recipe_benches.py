@@ -54,7 +54,7 @@ def test_with_mup_no_activation_grows_with_the_width(made_up):
     blocks = [f"{s}.{i}" for s in ("encoder", "decoder") for i in range(2)]
     for block in blocks:
         assert abs(found[f"plain_{block}_size_t0"]) < 0.1 and abs(found[f"mup_{block}_size_t0"]) < 0.1
-        assert abs(found[f"mup_{block}_size_t2"]) < 0.15 and found[f"plain_{block}_size_t2"] > 0.3, (block, found)
+        assert abs(found[f"mup_{block}_size_t2"]) < 0.2 and found[f"plain_{block}_size_t2"] > 0.3, (block, found)
         assert abs(found[f"mup_{block}_change_t2"]) < 0.3 and found[f"plain_{block}_change_t2"] > 0.6, (block, found)
     assert found["mup_logits_size_t0"] == pytest.approx(-0.5, abs=0.1) and abs(found["plain_logits_size_t0"]) < 0.1
     assert found["plain_logits_change_t2"] > found["mup_logits_change_t2"] + 0.2
