@@ -88,9 +88,10 @@ def test_one_block_is_the_bidirectional_encoder(layout, sample):
     assert build(layout, "block_causal").state_dict().keys() == model.state_dict().keys()
 
 
+@pytest.mark.parametrize("positions", ["sincos", "fourier", "rope"])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_a_memory_answers_as_the_model_that_reads_all_blocks_at_once(layout, sample, qk_norm):
-    model = build(layout, qk_norm=qk_norm)
+def test_a_memory_answers_as_the_model_that_reads_all_blocks_at_once(layout, sample, qk_norm, positions):
+    model = build(layout, qk_norm=qk_norm, positions=positions)
     ids, shown, asked, block = drawn_blocks(layout, sample)
     with torch.no_grad():
         packed = pack(layout, ids, shown, asked, 1, block_BC=block)
@@ -344,6 +345,22 @@ def test_greedy_drafts_change_nothing(layout, sample):
             fill(model, state, target, GenerateOptions(scheme="ar", temperature=0, text_temperature=0, draft=draft))
             made.append(np.where(state.known_BC, state.ids_BC, -1)[:, layout.slice(target)])
         assert all(np.array_equal(m, made[0]) for m in made[1:]), target
+
+
+@pytest.mark.parametrize("positions", ["sincos", "rope"])
+def test_written_text_is_what_one_pass_over_it_says(layout, sample, positions):
+    """Greedy text, written token by token from cached keys and values, against the model's answers for all of it at once."""
+    model, text = build(layout, positions=positions), layout.slice("txt")
+    state = start(layout, sample, 6, ["pic"], {"txt": 1})
+    before = state.known_BC.copy()
+    fill(model, state, "txt", GenerateOptions(text_temperature=0))
+    asked = state.known_BC & ~before
+    assert asked.sum() > 12
+    with torch.no_grad():
+        (logits,) = [x for x in model(pack(layout, state.ids_BC, before, asked, 1)) if x is not None]
+    row, col = np.nonzero(asked)
+    free = col < text.stop - 1  # the last slot can only end the text
+    assert np.array_equal(logits.argmax(-1).numpy()[free], state.ids_BC[row, col][free])
 
 
 def test_work_counts_ids_and_calls(layout, sample):
