@@ -425,7 +425,7 @@ def test_eval_and_probe(here, fake, command, args):
     )
     seen = {}
 
-    def evaluate(workspace, run_name, probes, split, limit, kind, progress, device):
+    def evaluate(workspace, run_name, probes, split, limit, kind, progress, device, settings):
         progress("a", 1, 2)
         seen.update(run=run_name, probes=probes, split=split, limit=limit, kind=kind, device=device)
         page = here / "index.html"

@@ -32,9 +32,8 @@ def run_probes(
     from nano4m_cli.report._tradeoffs import tables
 
     with show.work() as work:
-        more = {"settings": settings} if settings else {}
         done = evaluate(
-            workspace, run, probes, split, limit, kind=kind, progress=work.progress, device=pick_device(device), **more
+            workspace, run, probes, split, limit, kind=kind, progress=work.progress, device=pick_device(device), settings=settings
         )
     for result in done.results:
         show.line(f"{result.probe}: {result.title}")

@@ -15,7 +15,7 @@ LOGITS = 1 << 26  # logits held at once
 
 def chunk_size(layout: Layout, asked_NC: np.ndarray) -> int:
     """Return how many samples are asked at once: their logits stay in bounds where vocabularies are large."""
-    vocab_C = np.array([v for _, _, v in layout.groups])[layout.group_C]
+    vocab_C = np.array(layout.sizes)[layout.group_C]
     return int(np.clip(LOGITS // max(int((asked_NC * vocab_C).sum(1).max(initial=1)), 1), 1, CHUNK))
 
 

@@ -34,7 +34,7 @@ class Reader:
     @classmethod
     def of(cls, model: TokenModel, o: GenerateOptions, columns: slice) -> Reader | None:
         """Return a reader where something is to be kept, or None: the model is asked anew at every step."""
-        able = isinstance(model, FourM) and (o.refresh or model.config.encoder == "block_causal")
+        able = isinstance(model, FourM) and (o.refresh or model.in_blocks)
         return cls(model, o.refresh or 0, columns) if able else None
 
     def turn(self, step: int, rows: np.ndarray) -> None:

@@ -73,7 +73,7 @@ class _Draft:
             ask: log-probabilities (N, V) of slots (row, number), given what is `told`. eos: what ends a text.
         """
         n = np.minimum(self.o.draft + 1, self.total_B[rows] - self.done_B[rows])
-        at, every = np.repeat(np.arange(len(rows)), n), np.arange(len(rows))
+        at = np.repeat(np.arange(len(rows)), n)
         row, place = rows[at], np.arange(int(n.sum())) - np.repeat(np.cumsum(n) - n, n)
         number = self.done_B[row] + place
         logp = ask(row, number)
@@ -96,7 +96,7 @@ class _Draft:
             self.total_B[rows] = np.where(ends.any(1), self.done_B[rows] + filled, self.total_B[rows])
         self.put(row, number, np.where(place < filled[at], new[at, place], fresh))
         self.done_B[rows] += filled
-        self.have_B[rows] = (n - filled)[every]
+        self.have_B[rows] = n - filled
         self.key, self.logq = key, logp
 
 
@@ -156,7 +156,7 @@ def fill_drafted(model: TokenModel, state: State, target: str, o: GenerateOption
     draft = _Draft(state, target, columns, slots_BL, unknown.sum(1), o)
     total = draft.total_B.copy()
     block_BC = None
-    if isinstance(model, FourM) and model.config.encoder == "block_causal":  # each slot is a block of its own
+    if model.in_blocks:  # each slot is a block of its own
         block_BC = np.zeros(state.known_BC.shape, dtype=np.int64)
         block_BC[:, columns] = np.where(unknown, np.cumsum(unknown, 1), 0)
 

@@ -145,22 +145,6 @@ class Cache:
         for mine, new in ((self.k, k_TD), (self.v, v_TD)):
             mine[row, :, offset] = new.view(len(new), mine.shape[1], -1).to(mine.dtype)
 
-    def put(self, k_SD: Tensor, v_SD: Tensor, at_S: Tensor) -> None:
-        """Put one token per sample in."""
-        row = torch.arange(len(at_S), device=at_S.device)
-        for mine, new in ((self.k, k_SD), (self.v, v_SD)):
-            mine[row, :, at_S] = new.view(len(new), mine.shape[1], -1).to(mine.dtype)
-
-
-def attend_cached(q_SD: Tensor, cache: Cache, length_S: Tensor) -> Tensor:
-    """Return (S, D): attention of one query per sample to the first `length` cached tokens of its sample."""
-    s, heads, most, width = cache.k.shape
-    longest = int(length_S.max())
-    unseen = torch.arange(longest, device=q_SD.device) >= length_S[:, None]  # (S, L)
-    score = (cache.k[:, :, :longest] @ q_SD.view(s, heads, width, 1).to(cache.k.dtype)).squeeze(-1) * width**-0.5
-    weight = score.masked_fill(unseen[:, None], NEVER).softmax(-1)
-    return (weight[:, :, None] @ cache.v[:, :, :longest]).reshape(s, heads * width).to(q_SD.dtype)
-
 
 def attend_kept(q_TD: Tensor, cache: Cache, rows: Ragged, seen_T: Tensor) -> Tensor:
     """Return (T, D): attention of packed queries to the first `seen` cached tokens of their sample."""

@@ -38,6 +38,7 @@ class TransformerConfig(Config):
     mup_base: the width at which rates and sizes were chosen; others are then scaled by muP (null: not at all).
     """
 
+    form: ClassVar[tuple[str, str]]  # of `size`: a pattern, and how it reads
     size: str
     head_width: int = 64
     mlp: Literal["gelu", "swiglu"] = "gelu"
@@ -48,6 +49,14 @@ class TransformerConfig(Config):
     init: Init = "scaled"
     mup_base: int | None = Field(None, ge=1)
     attention: Literal["auto", "padded", "sdpa", "loop"] = "auto"
+
+    @field_validator("size")
+    @classmethod
+    def _size(cls, v):
+        pattern, reads = cls.form
+        if not re.fullmatch(pattern, v) or 0 in [int(n) for n in re.findall(r"\d+", v)]:
+            raise ValueError(f"a size reads {reads}")
+        return v
 
     @model_validator(mode="after")
     def _divides(self) -> TransformerConfig:
@@ -89,15 +98,9 @@ class TransformerConfig(Config):
 class StackConfig(TransformerConfig):
     """size: "d<layers>w<width>", e.g. "d8w512": 8 layers of width 512."""
 
+    form: ClassVar = (r"d\d+w\d+", "d<layers>w<width>, e.g. d8w512")
     size: str = "d4w128"
     registers: ClassVar[int] = 0
-
-    @field_validator("size")
-    @classmethod
-    def _size(cls, v):
-        if not re.fullmatch(r"d\d+w\d+", v) or 0 in [int(n) for n in re.findall(r"\d+", v)]:
-            raise ValueError("a size reads d<layers>w<width>, e.g. d8w512")
-        return v
 
     @property
     def layers(self) -> int:
@@ -107,14 +110,8 @@ class StackConfig(TransformerConfig):
 class PairConfig(TransformerConfig):
     """size: "d<layers>-<layers>w<width>", e.g. "d6-6w512": 6 encoder and 6 decoder layers of width 512."""
 
+    form: ClassVar = (r"d\d+-\d+w\d+", "d<encoder layers>-<decoder layers>w<width>, e.g. d6-6w512")
     size: str = "d6-6w512"
-
-    @field_validator("size")
-    @classmethod
-    def _size(cls, v):
-        if not re.fullmatch(r"d\d+-\d+w\d+", v) or 0 in [int(n) for n in re.findall(r"\d+", v)]:
-            raise ValueError("a size reads d<encoder layers>-<decoder layers>w<width>, e.g. d6-6w512")
-        return v
 
     @property
     def encoder_layers(self) -> int:
@@ -168,6 +165,11 @@ class TokenModel(nn.Module, ABC):
     def turns(self, col_T: Tensor) -> Tensor | None:
         """Return (T, 2, P): how queries and keys of columns turn (-1: a register), or None without rope."""
         return self.rotation[col_T] if self.rope else None
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether what is shown comes in blocks, none of which sees a later one."""
+        return False
 
     @property
     def grown(self) -> float:

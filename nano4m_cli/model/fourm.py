@@ -64,6 +64,10 @@ class FourM(TokenModel):
         self.head = self._head(config, layout)
         self._ready(config, layout)
 
+    @property
+    def in_blocks(self) -> bool:
+        return self.config.encoder == "block_causal"
+
     # -- encoder --------------------------------------------------------------------------------------------------
 
     def embed_shown(self, batch: Packed) -> Tensor:

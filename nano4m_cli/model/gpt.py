@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nano4m_cli.model.attention import Cache, Mask
 from nano4m_cli.model.base import Stack
-from nano4m_cli.model.batch import Merged, Packed, merged
+from nano4m_cli.model.batch import Merged, Packed, Ragged, merged
 
 
 class GPT(Stack):
@@ -71,6 +71,7 @@ class GPT(Stack):
         told = self.embed(self.vocab_C[cols.clamp_min(0)] + ids)
         col, at = on(col_S), on(at_S)
         x, turn = torch.where((cols >= 0)[:, None], told, self.unknown) + self.slots(col), self.turns(col)
+        rows = Ragged.of(np.ones(len(at), np.int64)).to(self.device)
         for block, cache in zip(self.blocks, caches, strict=True):
-            x = block.step(x, cache, at, turn)
+            x = block.more(x, cache, rows, at, at + 1, turn)
         return self.norm(x)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nano4m_cli.model.attention import Cache, Mask, attend, attend_cached, attend_folded, attend_kept
+from nano4m_cli.model.attention import Cache, Mask, attend, attend_folded, attend_kept
 from nano4m_cli.model.batch import Ragged
 from nano4m_cli.model.positions import rotate
 from nano4m_cli.spec import Layout
@@ -214,12 +214,6 @@ class Attention(nn.Module):
             return self(x, mask, context, turn=turn, context_turn=context_turn)
         return self.out(attend_folded(self.q(x), context, self.kv.weight, self.heads, mask))
 
-    def step(self, x_SD: Tensor, cache: Cache, at_S: Tensor, turn: Tensor | None = None) -> Tensor:
-        """Return (S, D) for the next token of each sample, which is put into the cache at `at` (its key turned)."""
-        q, k, v = self._qkv(x_SD, x_SD, turn, turn)
-        cache.put(k, v, at_S)
-        return self.out(attend_cached(q, cache, at_S + 1))
-
 
 class Block(nn.Module):
     """Pre-norm transformer block; with `cross`, cross-attention stands between self-attention and MLP."""
@@ -254,8 +248,3 @@ class Block(nn.Module):
         """Return (T, D) after cross-attention to what is cached, and the MLP."""
         x = x + self.cross.recall(self.query_norm(x), cross, rows, seen_T, turn)
         return x + self.mlp(self.norm2(x))
-
-    def step(self, x_SD: Tensor, cache: Cache, at_S: Tensor, turn: Tensor | None = None) -> Tensor:
-        """Return (S, D) for the next token of each sample (self-attention only)."""
-        x_SD = x_SD + self.attn.step(self.norm1(x_SD), cache, at_S, turn)
-        return x_SD + self.mlp(self.norm2(x_SD))

@@ -51,8 +51,8 @@ def evaluate(
 ) -> EvalReport:
     """Run the named probes (default: all of the kind but costly ones), write eval/<probe>.json each, the gallery and the report.
 
-    The same checkpoint, split and limit give the same files. A probe that the data set or run cannot serve is left
-    out with its reason, unless it was named: then that reason is the error.
+    The same checkpoint, split and limit give the same files, but for measured seconds (probe decoding). A probe that the data
+    set or run cannot serve is left out with its reason, unless it was named: then that reason is the error.
 
     Args:
         settings: "PROBE.KEY=VALUE", options of the probes that are run.

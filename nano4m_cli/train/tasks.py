@@ -71,8 +71,7 @@ class FourMTask:
         variant = (bits(key.seed, key.stream + "/variant", key.counter_B[own]) % np.uint64(variants)).astype(np.int64)
         ids, _ = data.read(index[own], variant)
         registers = self.model.config.registers
-        causal = getattr(self.model.config, "encoder", None) == "block_causal"
-        block = draw_blocks(self.layout, shown, asked, key.sub("block")) if causal else None
+        block = draw_blocks(self.layout, shown, asked, key.sub("block")) if self.model.in_blocks else None
         return [
             Part(pack(self.layout, ids[r.start - own.start : r.stop - own.start], shown[r], asked[r], registers,
                       block_BC=None if block is None else block[r]), answers)

@@ -82,6 +82,6 @@ def useful_flops(layout: Layout, batch, width: int, encoder: int, decoder: int) 
     """Return the forward FLOPs that a packed batch asks for: no padding, targets compared within their modality, each choosing
     among its own ids."""
     runs = batch.dec_self.lengths.double()
-    sizes = np.array([size for _, _, size in layout.groups])[layout.group_C]
+    sizes = np.array(layout.sizes)[layout.group_C]
     return forward_flops(width, encoder, decoder, batch.enc.lengths.numpy(), batch.dec.lengths.numpy(), float((runs**2).sum()),
                          float(sizes[batch.dec_col.numpy()].sum()))
