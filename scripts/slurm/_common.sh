@@ -39,7 +39,7 @@ cd "$SLURM_SUBMIT_DIR" || die "cannot enter $SLURM_SUBMIT_DIR"
 # that saved and stopped ends with 0.
 
 flags=${TMPDIR:-/tmp}/nano4m-$SLURM_JOB_ID-$starts
-mkdir -p "$flags" || die "cannot write to ${TMPDIR:-/tmp}"
+rm -rf "$flags" && mkdir -p "$flags" || die "cannot write to ${TMPDIR:-/tmp}"
 [ -z "${early:-}" ] || : >"$flags/stop"
 export NANO4M_FLAGS=$flags
 resend=
@@ -49,8 +49,10 @@ asked_to_stop() {
   : >"$flags/stop"
   [ -n "$resend" ] && return
   # Again and again: the first may come before Python has its handlers (until then it is ignored).
-  ( trap '' USR1 TERM
-    while :; do
+  # It must not outlive this shell: the signals would meet the next start of the job.
+  ( trap '' USR1
+    trap - TERM
+    while kill -0 $$ 2>/dev/null; do
       scancel --quiet --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null
       sleep "${NANO4M_RESEND:-10}"
     done ) &
@@ -70,13 +72,15 @@ step() {
     kill -0 "$pid" 2>/dev/null || break
   done
   wait "$pid" 2>/dev/null; rc=$?
-  [ -z "$resend" ] || { kill "$resend" 2>/dev/null; wait "$resend" 2>/dev/null; resend=; }
+  [ -z "$resend" ] || { kill -KILL "$resend" 2>/dev/null; wait "$resend" 2>/dev/null; resend=; }
   return "$rc"
 }
 
 # again WHY: put the job back into the queue and do not return; ends it where that is not possible.
 again() {
   local state
+  trap '' USR1
+  trap 'exit 1' TERM
   if [ "$starts" -ge "${NANO4M_REQUEUES:-100}" ]; then
     die "$1, after $starts further starts" "NANO4M_REQUEUES allows ${NANO4M_REQUEUES:-100}; submit the job again to go on"
   fi
@@ -86,7 +90,8 @@ again() {
   say "$1: back into the queue (start $((starts + 1)) to come)"
   rm -rf "$flags"
   scontrol requeue "$SLURM_JOB_ID" || die "$1, and scontrol requeue was refused" "submit the job again: it goes on where it stopped"
-  sleep 120  # killed by the requeue long before
+  sleep 300 & # the requeue kills this shell long before
+  wait
   exit 1
 }
 
