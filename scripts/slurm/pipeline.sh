@@ -26,7 +26,8 @@ while [ $# -gt 0 ]; do
     --no-tokenize) with_tokenize=; shift; continue ;;
     --no-eval) with_eval=; shift; continue ;;
     --dry-run) dry=1; shift; continue ;;
-    --*) [ $# -ge 2 ] || bad "$1 needs a value" ;;
+    --fetch | --tokenize | --shares | --generate | --eval | --*-options) [ $# -ge 2 ] || bad "$1 needs a value" ;;
+    -*) bad "unknown option '$1'" ;;
     *) break ;;
   esac
   case $1 in
