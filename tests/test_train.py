@@ -419,7 +419,7 @@ def newest(folder):
     return max((p.name for p in folder.glob("checkpoints/step-*")), default="")
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_signals_from_outside(space, signum, code):
     args = settings(name="cut", train__steps=100_000, train__checkpoint_every=100_000)
     child = start_shell(space.root, *args)
@@ -439,8 +439,8 @@ def test_signals_from_outside(space, signum, code):
     "signum, code",
     [
         (signal.SIGINT, 130),
-        (signal.SIGUSR1, 0),
-        pytest.param(signal.SIGTERM, 0),
+        (signal.SIGUSR1, 75),
+        (signal.SIGTERM, 75),
     ],
 )
 def test_signals_to_the_loaders_processes_as_well(space, signum, code):

@@ -10,7 +10,7 @@ import typer
 from nano4m_cli.cli._app import stopped
 from nano4m_cli.cli._options import Device, Json, Quiet, Root, Settings, pick_device
 from nano4m_cli.cli._show import Show
-from nano4m_cli.errors import ConfigError, UsageError, did_you_mean
+from nano4m_cli.errors import ConfigError, Nano4MError, UsageError, did_you_mean
 
 FOLDER = Path("cfgs")  # where configs named without a folder are
 
@@ -45,15 +45,24 @@ def command(
     --json: {run, path, dataset, steps, figures}; with --dry-run {run, dataset, ..., masking: {...},
     directions: {"a->b": {frequency, in_distribution}}}; with --export {run, folder, files, pushed}.
     """
-    show = Show(as_json, quiet)
-    path = find_config(config)
+    from nano4m_cli import dist
+
+    here = dist.place()
+    show = Show(as_json, quiet, mute=not here.first)
     from nano4m_cli.data.workspace import Workspace
     from nano4m_cli.train.config import load_run_config
 
-    loaded = load_run_config(path, settings or [])
-    workspace = Workspace.at(root)
-    if push and not export:
-        raise UsageError("--push needs --export", "--export DIR says where the export is written first")
+    try:
+        loaded = load_run_config(find_config(config), settings or [])
+        workspace = Workspace.at(root)
+        if push and not export:
+            raise UsageError("--push needs --export", "--export DIR says where the export is written first")
+        if here.ranks > 1 and (export or loaded.task in ("tokenizer", "import")):
+            what = "an export is written" if export else f"task: {loaded.task} runs"
+            raise UsageError(f"{what} by one process, this is one of {here.ranks}", "start it without torchrun")
+    except Nano4MError as err:
+        err.said = not here.first  # every process reads the same command line
+        raise
     if export:
         _export(show, workspace, loaded, export, push)
         return
@@ -77,21 +86,29 @@ def find_config(given: str) -> Path:
 
 
 def _train(show: Show, workspace: Any, config: Any, resume: bool, device: str, dry_run: bool) -> None:
+    from nano4m_cli import dist
     from nano4m_cli.train.loop import Stopped
     from nano4m_cli.train.run import prepare, start
 
-    prepared = prepare(config, workspace)
-    show.say(f"data set: {prepared.dataset.name} ({prepared.dataset.path})")
-    if dry_run:
-        _show_plan(show, prepared)
-        return
-    device = pick_device(device)
-    show.say(f"run: {prepared.config.name} ({prepared.folder}), {prepared.config.train.steps} steps on {device}")
-    try:
-        with show.work() as work:
-            figures = start(prepared, resume, device, work.record)
-    except Stopped as err:
-        raise stopped(err, True) from err
+    stop, figures = None, {}
+    with dist.joined(pick_device(device), config.train.timeout) as own:
+        with dist.together():
+            prepared = prepare(config, workspace)
+        show.say(f"data set: {prepared.dataset.name} ({prepared.dataset.path})")
+        if dry_run:
+            if dist.rank() == 0:
+                _show_plan(show, prepared)
+            return
+        beside = f", {dist.ranks()} processes" if dist.ranks() > 1 else ""
+        name = own.partition(":")[0]
+        show.say(f"run: {prepared.config.name} ({prepared.folder}), {prepared.config.train.steps} steps on {name}{beside}")
+        try:
+            with show.work() as work:
+                figures = start(prepared, resume, own, work.record)
+        except Stopped as err:
+            stop = err
+    if stop is not None:
+        raise stopped(stop, True) from stop
     _show_end(show, prepared.config, prepared.folder, prepared.dataset.name, figures)
 
 

@@ -112,6 +112,11 @@ def latest(run: Path) -> Path:
     return found[-1]
 
 
+def newest_step(run: Path) -> int:
+    """Return the step of the newest checkpoint of a run."""
+    return int(latest(run).name.removeprefix("step-"))
+
+
 def pack_optimizers(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """Return all optimizer state as named tensors ("0.3.exp_avg": optimizer, parameter, entry)."""
     out = {}

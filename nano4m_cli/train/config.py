@@ -42,6 +42,7 @@ class TrainConfig(Config):
     ema: decay of the averaged weights that are evaluated (0: none).
     precision: auto is bf16 where the hardware multiplies bf16, else fp32.
     workers: loader processes (0: in the training process); the data do not depend on it.
+    timeout: minutes that processes of a run wait for each other, at most; more than saving a checkpoint takes.
     """
 
     steps: int = Field(1000, ge=1)
@@ -65,6 +66,7 @@ class TrainConfig(Config):
     checkpoint_every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1)
     workers: int = Field(0, ge=0)
+    timeout: float = Field(10.0, gt=0)
 
     @model_validator(mode="after")
     def _divides(self) -> TrainConfig:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from nano4m_cli import dist
 from nano4m_cli.compute import multiplies_bf16
 from nano4m_cli.data._atomic import atomic_file
 from nano4m_cli.errors import CheckpointError, TrainingError
@@ -28,7 +28,11 @@ from nano4m_cli.rng import torch_seed
 from nano4m_cli.train import checkpoint
 from nano4m_cli.train.config import TrainConfig
 from nano4m_cli.train.optim import build_optimizers, clip_gradients
+from nano4m_cli.train.parallel import arrange
 from nano4m_cli.train.schedule import lr_factor
+
+# What ends training after the step: the first of those that came counts.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Task(Protocol):
@@ -75,6 +79,7 @@ class Stopped(Exception):
     def __init__(self, step: int, signum: int):
         super().__init__(f"stopped at step {step}")
         self.step, self.signum = step, signum
+        self.speaks = dist.rank() == 0  # one process of a run says so
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype | None:
@@ -98,6 +103,7 @@ class Trainer:
         self.header = header or {}
         self.callback = callback or (lambda record: None)
         self.model = task.model.to(self.device)
+        self.parallel = arrange(task, config)
         self.optimizers = build_optimizers(self.model, config)
         self.critic: nn.Module | None = getattr(task, "critic", None)
         if self.critic is not None:
@@ -107,14 +113,17 @@ class Trainer:
         self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()} if config.ema else None
         self.step = 0
         self._window: list[dict[str, float]] = []  # figures since the last record
-        self._stop: int | None = None
+        self._stop: int | None = None  # the signal this process got
+        self._agreed: int | None = None  # the one that all processes know of
         self._written = -1
 
     # -- state ----------------------------------------------------------------------------------------------------
 
     def resume(self) -> int:
         """Load the newest checkpoint and drop later metrics; return the step to go on from."""
-        point = checkpoint.load(checkpoint.latest(self.run))
+        newest = dist.told(checkpoint.newest_step(self.run) if dist.rank() == 0 else None)
+        with dist.together():
+            point = checkpoint.load(checkpoint.step_folder(self.run, newest))
         self.model.load_state_dict({k: v.to(self.device) for k, v in point.tensors["model"].items()})
         if self.critic is not None:
             if "critic" not in point.tensors:
@@ -129,7 +138,7 @@ class Trainer:
         self.step = self._written = point.state["step"]
         self._window = point.state.get("window", [])
         path = self.run / "metrics.jsonl"
-        if path.is_file():
+        if dist.rank() == 0 and path.is_file():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= self.step]
             with atomic_file(path) as file:
                 file.write("".join(line + "\n" for line in kept).encode())
@@ -145,10 +154,11 @@ class Trainer:
         if self.critic is not None:
             tensors["critic"] = dict(self.critic.state_dict())
         state = {**self.header, **self.task.state(), "window": self._window}
-        path = checkpoint.save(self.run, self.step, tensors, state, self.c.keep)
+        with dist.together():  # whoever left earlier could end the job that writes
+            if dist.rank() == 0:
+                checkpoint.save(self.run, self.step, tensors, state, self.c.keep)
         self._written = self.step
         self.callback(StepRecord("checkpoint", self.step, self.c.steps, {}))
-        assert path.is_dir(), path
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -195,9 +205,10 @@ class Trainer:
                     clock += time.perf_counter() - before
                 if self.step % self.c.checkpoint_every == 0 or self.step == self.c.steps:
                     self.save()
-                if self._stop is not None:
+                stop = self._stop if dist.ranks() == 1 else self._agreed
+                if stop is not None:
                     self.save()
-                    raise Stopped(self.step, self._stop)
+                    raise Stopped(self.step, stop)
             self._record("done", figures)
             return figures
 
@@ -217,19 +228,20 @@ class Trainer:
         for part in parts:
             if self.critic is not None:
                 self.critic.requires_grad_(False)  # judged by it, not training it
-            with self._autocast():
-                loss, named = self.task.loss(part)
-            loss.backward()
+            named = self.parallel.backward(part, self._autocast(), part is parts[-1])
             if self.critic is not None:
                 named = {**named, **self._critic_backward()}
-            for k, v in {"loss": loss, **named}.items():
+            for k, v in named.items():
                 figures[k] = figures.get(k, 0.0) + v.detach()
+        mine = {k: float(v) for k, v in figures.items()}
+        shared = self._share(mine)
         norm = clip_gradients(self.model.parameters(), self.c.clip)
-        finite = math.isfinite(float(figures["loss"])) and math.isfinite(norm)
+        whole = self._shared(mine, shared)
+        finite = math.isfinite(whole["loss"]) and math.isfinite(norm)
         if self.critic is not None:
             finite &= math.isfinite(clip_gradients(self.critic.parameters(), self.c.clip))
         if not finite:
-            self._not_finite(figures, norm)
+            self._not_finite(mine, norm)
         factor = lr_factor(self.step, self.c)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -240,7 +252,21 @@ class Trainer:
             # The average forgets its start: early on it is over the steps so far.
             decay = min(self.c.ema, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.model.parameters()], 1 - decay)
-        return {**{k: float(v) for k, v in figures.items()}, "grad_norm": norm, "lr": self.c.lr * factor}
+        return {**whole, "grad_norm": norm, "lr": self.c.lr * factor}
+
+    def _share(self, mine: dict[str, float]) -> dist.Summing:
+        """Begin to add up what ranks say of a step: their shares of its figures, and the signals they got."""
+        asked = [float(self._stop == s) for s in SIGNALS]
+        return dist.Summing(torch.tensor([*mine.values(), *asked], dtype=torch.float64))
+
+    def _shared(self, mine: dict[str, float], shared: dist.Summing) -> dict[str, float]:
+        """Return the whole step's figures; take note of a signal that any rank got."""
+        if dist.ranks() == 1:
+            return mine
+        values = shared.wait().tolist()
+        asked = [s for s, n in zip(SIGNALS, values[len(mine) :], strict=True) if n]
+        self._agreed = asked[0] if asked else None
+        return dict(zip(mine, values, strict=False))
 
     def _critic_backward(self) -> dict[str, Tensor]:
         self.critic.requires_grad_(True)
@@ -251,16 +277,20 @@ class Trainer:
         loss.backward()
         return {"critic": loss}
 
-    def _not_finite(self, figures: dict[str, Tensor], norm: float) -> None:
-        named = ", ".join(f"{k}={float(v):.4g}" for k, v in figures.items())
+    def _not_finite(self, mine: dict[str, float], norm: float) -> None:
+        """Raise on all ranks; the first of those whose own figures are bad (else rank 0) names its samples."""
+        bad = [r for r, n in enumerate(dist.gathered(sum(not math.isfinite(v) for v in mine.values()))) if n]
+        named = ", ".join(f"{k}={v:.4g}" for k, v in mine.items())
         keys = self.task.keys(self.step)
         shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
         last = checkpoint.checkpoints(self.run) if self.run else []
-        raise TrainingError(
+        error = TrainingError(
             f"step {self.step + 1}: loss or gradient is not finite ({named}, grad_norm={norm:.4g}); samples: {shown}",
             f"last good checkpoint: {last[-1] if last else 'none yet'}; look at the samples, lower train.lr, or set "
             "train.precision=fp32",
         )
+        error.said = dist.rank() != (bad[0] if bad else 0)
+        raise error
 
     def _autocast(self):
         if self.dtype is None:
@@ -268,7 +298,7 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def _record(self, kind: str, figures: dict[str, float]) -> None:
-        if self.run is not None and kind != "done":
+        if self.run is not None and kind != "done" and dist.rank() == 0:
             line = json.dumps({"kind": kind, "step": self.step, "time": round(time.time(), 3), **figures})
             path = self.run / "metrics.jsonl"
             try:
@@ -308,8 +338,7 @@ class Trainer:
                 raise KeyboardInterrupt  # the second Ctrl-C does not wait
             self._stop = signum
 
-        wanted = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGUSR1] if os.name == "posix" else [])
-        before = {s: signal.signal(s, ask) for s in wanted}
+        before = {s: signal.signal(s, ask) for s in SIGNALS}
         try:
             yield
         finally:
