@@ -11,12 +11,13 @@
 # preemption and lost nodes are real; processors, memory and GPUs are what NODES, CPUS, GPUS pretend, and no limit is enforced.
 # Everything lies in FOLDER (default /var/tmp/nano4m-cluster); /etc is not touched, and `down` leaves nothing behind.
 # Partitions: main (preempted jobs are requeued after 20 s) and urgent (preempts main).
-# Faults: LOOPBACK_NAMES=1 (a node's own name is 127.0.1.1 there, as a fresh Debian has it), TWO_CARDS=1 (a second network).
+# Faults: LOOPBACK_NAMES=1 (a node's own name is 127.0.1.1 there, as on a fresh Debian), TWO_CARDS=1 (a second network).
+# A second cluster beside this one: another FOLDER, NAME (two letters) and NET (such as 10.95).
 set -euo pipefail
 folder=${FOLDER:-/var/tmp/nano4m-cluster}
-nodes=${NODES:-2} cpus=${CPUS:-16} gpus=${GPUS:-0} net=10.91.0 net2=10.92.0
+nodes=${NODES:-2} cpus=${CPUS:-16} gpus=${GPUS:-0} net=${NET:-10.91}.0 net2=${NET:-10.91}.1
 loopback=${LOOPBACK_NAMES:-0} two=${TWO_CARDS:-0}
-pre='nm' # of namespaces and network devices
+pre=${NAME:-nm} # of namespaces and network devices
 export SLURM_CONF=$folder/slurm.conf
 packages=(slurmctld slurmd slurm-client munge iproute2)
 
