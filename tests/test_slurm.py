@@ -81,7 +81,7 @@ def progress(here, job, run, start):
 
 def test_one_run_survives_limit_preemption_and_kills(cluster, here):  # noqa: F811
     """Time limit, preemption, a rank killed, a slurmd killed: the weights are those of a run that nothing happened to."""
-    asked = ["tiny.yaml", "train.steps=400", "train.checkpoint_every=40"]
+    asked = ["tiny.yaml", "train.steps=300", "train.checkpoint_every=40"]
     job = cluster.sbatch(here, "train", *asked, "name=hurt", options=(*TWO, "--time=1", "--signal=B:USR1@40"))
 
     def trains(start):
@@ -106,16 +106,13 @@ def test_one_run_survives_limit_preemption_and_kills(cluster, here):  # noqa: F8
     pids = []
     wait_for("the time limit's signal", limit)
     go_on(pids)
+    cluster.call("scontrol", "update", f"jobid={job}", "timelimit=30")
     pids = trains(1)
     assert "back into the queue (start 1 to come)" in log(here, job)
-    # A second time in the same run, by hand: what the limit does, at once.
-    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    urgent = cluster.call("sbatch", "--parsable", "-purgent", "-N2", "--exclusive", "--output=/dev/null", "--wrap=:", here=here)
+    wait_for("the signal of preemption", lambda: log(here, job).count("signal USR1") == 2)
     go_on(pids)
     pids = trains(2)
-    urgent = cluster.call("sbatch", "--parsable", "-purgent", "-N2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1", here=here)
-    wait_for("the signal of preemption", lambda: log(here, job).count("signal USR1") == 3)
-    go_on(pids)
-    pids = trains(3)
     assert cluster.wait(urgent) == ["COMPLETED"]
     saved = {p.name for p in (here / "runs" / "hurt" / "checkpoints").iterdir()}
     daemon = cluster.call("pgrep", "-f", "slurmd -D -N worker2").split()  # nothing comes of this one
@@ -126,8 +123,8 @@ def test_one_run_survives_limit_preemption_and_kills(cluster, here):  # noqa: F8
         os.kill(pids[1], signal.SIGKILL)
     assert cluster.wait(job) == ["COMPLETED"], log(here, job)[-4000:]
     said = log(here, job)
-    assert int(cluster.job(job)["Restarts"]) == 4, said
-    assert "failed (exit code" in said and said.rstrip().endswith("done: run 'hurt', step-00000400")
+    assert int(cluster.job(job)["Restarts"]) == 3, said
+    assert "failed (exit code" in said and said.rstrip().endswith("done: run 'hurt', step-00000300")
     local(here, "train", *asked, "name=whole", ranks=2)
     assert weights(here / "runs" / "hurt") == weights(here / "runs" / "whole")
     hurt, whole = (records(here / "runs" / name, "train") for name in ("hurt", "whole"))
