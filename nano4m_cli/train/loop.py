@@ -126,6 +126,7 @@ class Trainer:
         self._times: tuple[list[float], list[float]] = [0.0], [0.0]  # of the last step, by rank: waiting for data, computing
         self.sinks: list[Sink] = []
         self.keys: KeyLog | None = None
+        self._fed_by: Any = None  # the loader's iterator, if it has processes
         tell = lambda step: self.callback(StepRecord("checkpoint", step, config.steps, {}))  # noqa: E731
         self.saver = Saver(run, config, tell) if run is not None else None
 
@@ -198,7 +199,7 @@ class Trainer:
 
         SIGTERM, SIGUSR1 and Ctrl-C end the current step, write a checkpoint and raise `Stopped`.
         """
-        with self._signals():
+        with self._signals(), self._feeding():
             figures: dict[str, float] = {}
             self._begin()
             clock, since = time.perf_counter(), self.step
@@ -400,7 +401,22 @@ class Trainer:
             _Steps(self.task), batch_size=None, sampler=list(todo), num_workers=self.c.workers, prefetch_factor=4,
             worker_init_fn=_leave_signals, timeout=60 * self.c.timeout,
         )
-        return (self._move(_raised(parts)) for parts in loader)
+        self._fed_by = iter(loader)
+        return (self._move(_raised(parts)) for parts in self._fed_by)
+
+    @contextlib.contextmanager
+    def _feeding(self) -> Iterator[None]:
+        """End the loaders' processes with the training, however it ends: one that hangs on its disk leaves signals alone."""
+        try:
+            yield
+        finally:
+            fed, self._fed_by = self._fed_by, None
+            if fed is not None:
+                fed._shutdown_workers()  # waits for them, and stops watching over them
+                for worker in fed._workers:
+                    if worker.is_alive():
+                        worker.kill()
+                        worker.join()
 
     def _move(self, parts: list[Any]) -> list[Any]:
         return parts if self.device.type == "cpu" else [p.to(self.device) for p in parts]

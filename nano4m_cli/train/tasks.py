@@ -23,7 +23,7 @@ from nano4m_cli.tokenizers._base import GradientTokenizer, codebook_use
 from nano4m_cli.train.config import RunConfig, TrainConfig
 
 VAL_PART = 100  # validation samples computed at once
-TRIES = 1000  # samples that may be broken on end
+TRIES = 100  # samples that may be broken on end
 
 
 @dataclass(frozen=True)
