@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,9 @@ JOBS = {
 }
 
 
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
 def port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -63,7 +67,7 @@ def port() -> int:
 
 
 def environment(rank: int, ranks: int, at: int) -> dict[str, str]:
-    place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": at}
+    place = dict(zip(PLACE, (rank, ranks, rank, "127.0.0.1", at), strict=True))
     path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, **ENV, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **{k: str(v) for k, v in place.items()}}
 
@@ -236,6 +240,10 @@ def test_a_run_in_shards_is_used_like_any_other(trained):
     shared, two = (open_run(trained, name) for name in ("shards", "two"))
     for (name, a), b in zip(shared.model.state_dict().items(), two.model.state_dict().values(), strict=True):
         assert torch.allclose(a, b, atol=2e-4), name
+    from nano4m_cli.report._read import read_run
+
+    pages = [read_run(trained.root / "runs" / name) for name in ("shards", "two")]
+    assert not pages[0].problems and pages[0].parameters == pages[1].parameters > 1000
 
 
 def test_a_damaged_shard_is_told(trained, tmp_path):
@@ -283,3 +291,54 @@ def test_half_a_launcher_s_word_is_refused(monkeypatch):
     assert dist.place() == dist.Place(1, 2, 1)
     with pytest.raises(UsageError, match="does not say where the others are: .*MASTER_ADDR"), dist.joined():
         pass
+
+
+# -- from outside --------------------------------------------------------------------------------------------------------
+
+
+def until(what, process, seconds=240):
+    """Wait until what() is true while a process runs."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None and not what():
+        time.sleep(0.02)
+    assert what(), process.communicate()[1] if process.poll() is not None else "it takes too long"
+
+
+def long_run(space, name):
+    (space.root / "tiny.yaml").write_text("{}")
+    args = settings(name=name, train__batch=8, train__steps=100_000, train__checkpoint_every=100_000, train__val_samples=8)
+    folder = space.root / "runs" / name
+    command = ["-m", "nano4m_cli", "train", space.root / "tiny.yaml", *args, "--root", space.root, "--device", "cpu"]
+    return folder, [str(a) for a in command], lambda: (folder / "metrics.jsonl").is_file() and len(records(folder)) > 2
+
+
+def test_torchrun_stopped_by_its_scheduler(by_hand, tmp_path):  # noqa: F811
+    space = linked(by_hand, tmp_path / "space")
+    folder, command, begun = long_run(space, "cut")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command]
+    env = {k: v for k, v in environment(0, 1, 0).items() if k not in PLACE}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(launch, env=env, **pipes)
+    until(begun, child)
+    child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=120)
+    note = json.loads((folder / "stopped.json").read_text())
+    assert note["signal"] == "SIGTERM" and child.returncode != 0
+    assert err.count(f"stopped at step {note['step']}, checkpoint saved; go on with --resume") == 1, err
+    assert "2 processes" in err and "on cpu" in err and out == "" and "Error" not in err.split("stopped at")[0]
+    assert checkpoint.load(checkpoint.latest(folder)).state["step"] == note["step"]
+
+
+def test_a_rank_that_is_killed_ends_the_others_with_a_word(by_hand, tmp_path):  # noqa: F811
+    space = linked(by_hand, tmp_path / "space")
+    folder, command, begun = long_run(space, "killed")
+    at = port()
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    ranks = [subprocess.Popen([sys.executable, *command], env=environment(r, 2, at), **pipes) for r in range(2)]
+    until(begun, ranks[0])
+    ranks[1].kill()
+    _, err = ranks[0].communicate(timeout=120)
+    ranks[1].communicate()
+    assert ranks[0].returncode == 1, err
+    assert "error: another process of the run is gone or silent" in err and "go on from the last good checkpoint" in err
+    assert "Traceback" not in err

@@ -48,7 +48,7 @@ def test_status_of_a_run_from_its_beginning_to_its_end(by_hand, tmp_path):  # no
         train(space, look, train__val_every=2)
     assert [(s.state, s.step, s.steps, s.restarts) for s in seen] == [("running", i, 6, 0) for i in (1, 2, 3, 4)]
     assert seen[0].eta is None and seen[0].checkpoint is None and seen[3].checkpoint == "step-00000003"
-    assert seen[3].eta > 0 and seen[3].rate > 0 and seen[3].val["step"] == 2 and 0 < seen[3].silence < 60
+    assert seen[3].eta > 0 and seen[3].rate > 0 and seen[3].val["step"] == 2 and 0 <= seen[3].silence < 60
     late = status(space.root / "runs" / "tiny", now=time.time() + 3600)
     assert late.state == "silent" and late.silence == pytest.approx(3600, abs=60)
     folder = train(space, resume=True, train__val_every=2)

@@ -64,7 +64,7 @@ def status(run: Path, now: float | None = None) -> Status:
     per_step = None
     if len(recent) > 1 and recent[-1]["step"] > recent[0]["step"]:
         per_step = (recent[-1]["time"] - recent[0]["time"]) / (recent[-1]["step"] - recent[0]["step"])
-    silence = now - records[-1]["time"] if records else None
+    silence = max(now - records[-1]["time"], 0.0) if records else None
     done = bool(points) and checkpoint.step_of(points[-1]) >= steps
     if done:
         state = "done"
