@@ -16,7 +16,7 @@ FOLDER = Path("cfgs")  # where configs named without a folder are
 
 
 def command(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.")],
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML file.")] = None,
     settings: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
     device: Device = "auto",
@@ -29,6 +29,9 @@ def command(
     push: Annotated[
         str | None, typer.Option("--push", metavar="ID", help="With --export: upload it to this repository on the hub.")
     ] = None,
+    status: Annotated[
+        bool, typer.Option("--status", help="Do not train: say how far a run is (CONFIG: its name; default: the newest).")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     root: Root = None,
@@ -41,9 +44,12 @@ def command(
     nano4m train demo --resume
     nano4m train cfgs/import/nano4m_audio.yaml checkpoint=checkpoint-final.safetensors
     nano4m train demo --export shared/demo
+    nano4m train --status demo
+    torchrun --nproc_per_node=4 -m nano4m_cli train demo
 
     --json: {run, path, dataset, steps, figures}; with --dry-run {run, dataset, ..., masking: {...},
-    directions: {"a->b": {frequency, in_distribution}}}; with --export {run, folder, files, pushed}.
+    directions: {"a->b": {frequency, in_distribution}}}; with --export {run, folder, files, pushed}; with --status {run, state,
+    step, steps, rate, eta, restarts, checkpoint, train: {...}, val: {...}, speed: {...}, ...}.
     """
     from nano4m_cli import dist
 
@@ -52,7 +58,12 @@ def command(
     from nano4m_cli.data.workspace import Workspace
     from nano4m_cli.train.config import load_run_config
 
+    if status:
+        _status(show, Workspace.at(root), config)
+        return
     try:
+        if config is None:
+            raise UsageError("train needs a config: which run?", "nano4m train cfgs/demo.yaml, or nano4m train --status")
         loaded = load_run_config(find_config(config), settings or [])
         workspace = Workspace.at(root)
         if push and not export:
@@ -180,6 +191,33 @@ def _export(show: Show, workspace: Any, config: Any, folder: Path, repo: str | N
     if pushed:
         show.line(pushed)
     show.document({"run": run.name, "folder": folder, "files": files, "pushed": pushed})
+
+
+def _status(show: Show, workspace: Any, name: str | None) -> None:
+    from nano4m_cli.cli._show import clock
+    from nano4m_cli.train.status import status
+
+    if name is None:
+        runs = workspace.runs()  # the newest, though it may have no checkpoint yet
+        folder = runs[0] if runs else workspace.run(None)
+    else:
+        folder = workspace.root / "runs" / name
+        folder = folder if (folder / "config.yaml").is_file() else workspace.run(name)
+    found = status(folder)
+    ago = lambda seconds: None if seconds is None else f"{clock(seconds)} ago"  # noqa: E731
+    rows = [
+        ("run", f"{found.run} ({found.path})"),
+        ("state", f"{found.state}, {found.restarts} restarts, {found.ranks} processes"), ("host", found.host),
+        ("step", f"{found.step}/{found.steps}" + (f" ({found.step / found.steps:.1%})" if found.steps else "")),
+        ("samples/s", found.rate), ("eta", None if found.eta is None else clock(found.eta)),
+        ("last record", ago(found.silence)),
+        ("checkpoint", None if found.checkpoint is None else f"{found.checkpoint}, {ago(found.checkpoint_age)}"),
+        ("train loss", found.train.get("loss")), ("val loss", found.val.get("loss")), ("stalls", found.stalls),
+        *((name.replace("_", " "), f"{v['min']:.4g} / {v['median']:.4g} / {v['max']:.4g}")
+          for name, v in found.speed.items() if isinstance(v, dict)),
+    ]
+    show.table(["", ""], [(k, v) for k, v in rows if v is not None])
+    show.document(found.document())
 
 
 def _show_end(show: Show, config: Any, folder: Path, dataset: str, figures: dict[str, float]) -> None:

@@ -23,13 +23,17 @@ from torch import Tensor, nn
 from nano4m_cli import dist
 from nano4m_cli.compute import multiplies_bf16
 from nano4m_cli.data._atomic import atomic_file
-from nano4m_cli.errors import CheckpointError, TrainingError
+from nano4m_cli.errors import CheckpointError, Nano4MError, TrainingError
 from nano4m_cli.rng import torch_seed
 from nano4m_cli.train import checkpoint
 from nano4m_cli.train.config import TrainConfig
 from nano4m_cli.train.optim import build_optimizers, clip_gradients
 from nano4m_cli.train.parallel import arrange
+from nano4m_cli.train.saving import Saver
 from nano4m_cli.train.schedule import lr_factor
+from nano4m_cli.train.sharding import fill, fill_optimizers, local
+from nano4m_cli.train.sinks import Sink, open_sinks
+from nano4m_cli.train.watch import KeyLog, Watch, stall_line, start_note
 
 # What ends training after the step: the first of those that came counts.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
@@ -62,12 +66,13 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What the loop calls back with. kind: "train", "val", "checkpoint", "done"."""
+    """What the loop calls back with. kind: "train", "val", "checkpoint", "stall" (whose note is a line to be shown), "done"."""
 
     kind: str
     step: int
     steps: int
     figures: dict[str, float]
+    note: str = ""
 
 
 Callback = Callable[[StepRecord], None]
@@ -103,7 +108,7 @@ class Trainer:
         self.header = header or {}
         self.callback = callback or (lambda record: None)
         self.model = task.model.to(self.device)
-        self.parallel = arrange(task, config)
+        self.parallel = arrange(task, config, self.device)
         self.optimizers = build_optimizers(self.model, config)
         self.critic: nn.Module | None = getattr(task, "critic", None)
         if self.critic is not None:
@@ -116,27 +121,26 @@ class Trainer:
         self._stop: int | None = None  # the signal this process got
         self._agreed: int | None = None  # the one that all processes know of
         self._written = -1
+        self._val_loss: float | None = None
+        self.watch = Watch(self.device, config.stall)
+        self._times: tuple[list[float], list[float]] = [0.0], [0.0]  # of the last step, by rank: waiting for data, computing
+        self.sinks: list[Sink] = []
+        self.keys: KeyLog | None = None
+        self._fed_by: Any = None  # the loader's iterator, if it has processes
+        tell = lambda step: self.callback(StepRecord("checkpoint", step, config.steps, {}))  # noqa: E731
+        self.saver = Saver(run, config, tell) if run is not None else None
 
     # -- state ----------------------------------------------------------------------------------------------------
 
     def resume(self) -> int:
         """Load the newest checkpoint and drop later metrics; return the step to go on from."""
-        newest = dist.told(checkpoint.newest_step(self.run) if dist.rank() == 0 else None)
+        newest = dist.told(checkpoint.latest(self.run).name if dist.rank() == 0 else None)
         with dist.together():
-            point = checkpoint.load(checkpoint.step_folder(self.run, newest))
-        self.model.load_state_dict({k: v.to(self.device) for k, v in point.tensors["model"].items()})
-        if self.critic is not None:
-            if "critic" not in point.tensors:
-                raise CheckpointError(
-                    f"{point.path} has no critic: the run was started without one", "start another with name=NEW"
-                )
-            self.critic.load_state_dict(point.tensors["critic"])
-        checkpoint.unpack_optimizers(self.optimizers, point.tensors["optimizer"])
-        if self.ema is not None:
-            for k, v in point.tensors["ema"].items():
-                self.ema[k].copy_(v)
+            point = checkpoint.Reader(self.run / "checkpoints" / newest)
+            self._restore(point)
         self.step = self._written = point.state["step"]
         self._window = point.state.get("window", [])
+        self._val_loss = point.state.get("val_loss")
         path = self.run / "metrics.jsonl"
         if dist.rank() == 0 and path.is_file():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= self.step]
@@ -144,21 +148,31 @@ class Trainer:
                 file.write("".join(line + "\n" for line in kept).encode())
         return self.step
 
+    def _restore(self, point: checkpoint.Reader) -> None:
+        """Fill weights and optimizers from a checkpoint, of any number of ranks; each rank reads its own rows."""
+        fill(point, "model", self.model.state_dict())
+        if self.critic is not None:
+            if not point.has("critic"):
+                raise CheckpointError(
+                    f"{point.path} has no critic: the run was started without one", "start another with name=NEW"
+                )
+            fill(point, "critic", self.critic.state_dict())
+        if self.ema is not None:
+            fill(point, "ema", self.ema)
+        fill_optimizers(point, self.optimizers)
+
     def save(self) -> None:
         """Write a checkpoint of the current step, once."""
-        if self.run is None or self._written == self.step:
+        if self.saver is None or self._written == self.step:
             return
         tensors = {"model": dict(self.model.state_dict()), "optimizer": checkpoint.pack_optimizers(self.optimizers)}
         if self.ema is not None:
             tensors["ema"] = self.ema
         if self.critic is not None:
             tensors["critic"] = dict(self.critic.state_dict())
-        state = {**self.header, **self.task.state(), "window": self._window}
-        with dist.together():  # whoever left earlier could end the job that writes
-            if dist.rank() == 0:
-                checkpoint.save(self.run, self.step, tensors, state, self.c.keep)
+        state = {**self.header, **self.task.state(), "window": list(self._window), "val_loss": self._val_loss}
+        self.saver.save(self.step, tensors, state)
         self._written = self.step
-        self.callback(StepRecord("checkpoint", self.step, self.c.steps, {}))
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -170,13 +184,13 @@ class Trainer:
         before = {k: p.detach().clone() for k, p in params.items()}
         with torch.no_grad():
             for k, p in params.items():
-                p.copy_(self.ema[k])
+                local(p).copy_(local(self.ema[k]))
         try:
             yield
         finally:
             with torch.no_grad():
                 for k, p in params.items():
-                    p.copy_(before[k])
+                    local(p).copy_(local(before[k]))
 
     # -- running --------------------------------------------------------------------------------------------------
 
@@ -185,22 +199,25 @@ class Trainer:
 
         SIGTERM, SIGUSR1 and Ctrl-C end the current step, write a checkpoint and raise `Stopped`.
         """
-        with self._signals():
+        with self._signals(), self._feeding():
             figures: dict[str, float] = {}
+            self._begin()
             clock, since = time.perf_counter(), self.step
-            loader = self._loader()
-            for parts in loader:
+            for parts in self._watched(self._loader()):
                 window = self._window
                 window.append(self._one_step(parts))
+                self._end_step()
                 if self.step % self.c.log_every == 0 or self.step == self.c.steps:
                     now = time.perf_counter()
                     mean = {k: sum(w[k] for w in window if k in w) / sum(k in w for w in window) for w0 in window for k in w0}
                     mean["samples_per_s"] = (self.step - since) * self.c.batch / max(now - clock, 1e-9)
                     self._record("train", mean)
+                    self._write("speed", self.watch.speed())
                     self._window, clock, since = [], now, self.step
                 if self.step % self.c.val_every == 0 or self.step == self.c.steps:
                     before = time.perf_counter()
                     figures = self.validate()
+                    self._val_loss = figures.get("loss")
                     self._record("val", figures)
                     clock += time.perf_counter() - before
                 if self.step % self.c.checkpoint_every == 0 or self.step == self.c.steps:
@@ -208,9 +225,59 @@ class Trainer:
                 stop = self._stop if dist.ranks() == 1 else self._agreed
                 if stop is not None:
                     self.save()
+                    self._saved()
                     raise Stopped(self.step, stop)
+                if self.saver is not None:
+                    self.saver.poll()
+            self._saved()
             self._record("done", figures)
             return figures
+
+    def _begin(self) -> None:
+        """Note the start, and open what takes records."""
+        if self.run is None:
+            return
+        with dist.together():
+            if dist.rank() == 0:
+                self.sinks = open_sinks(self.c.sinks, self.run, self.c.model_dump(mode="json"))
+                self._write("start", start_note(self.device))
+            if self.c.log_keys:
+                self.keys = KeyLog(self.run, self.step)
+
+    def _watched(self, loader: Iterator[list[Any]]) -> Iterator[list[Any]]:
+        """Yield what the loader gives; data that do not come, or are broken, are an error that names them."""
+        tokens = getattr(self.task, "tokens", lambda part: 0)
+        while True:
+            self.watch.begins()
+            try:
+                parts = next(loader)
+            except StopIteration:
+                return
+            except RuntimeError as err:
+                if "DataLoader timed out" not in str(err):
+                    raise
+                keys = self.task.keys(self.step)
+                raise TrainingError(
+                    f"step {self.step + 1}: no data came within {self.c.timeout:g} min; waited for {', '.join(keys[:4])} ...",
+                    "is the data's disk or server there? go on with --resume",
+                ) from err
+            self.watch.fed(sum(tokens(p) for p in parts))
+            skipped = [why for p in parts for why in getattr(p, "skipped", ())]
+            if skipped:
+                self._write("skipped", {"n": len(skipped), "samples": skipped})
+            yield parts
+
+    def _end_step(self) -> None:
+        if self.keys is not None:
+            self.keys.write(self.step, self.task.keys(self.step - 1))
+        note = self.watch.ends(*self._times)
+        if note is not None:
+            self._write("stall", note)
+            self.callback(StepRecord("stall", self.step, self.c.steps, {}, stall_line(self.step, note)))
+
+    def _saved(self) -> None:
+        if self.saver is not None:
+            self.saver.finish()
 
     def validate(self) -> dict[str, float]:
         self.model.eval()
@@ -225,6 +292,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         figures: dict[str, Tensor] = {}
+        self.parallel.seconds = 0.0
         for part in parts:
             if self.critic is not None:
                 self.critic.requires_grad_(False)  # judged by it, not training it
@@ -251,21 +319,25 @@ class Trainer:
         if self.ema is not None:
             # The average forgets its start: early on it is over the steps so far.
             decay = min(self.c.ema, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.model.parameters()], 1 - decay)
+            now = [local(p.detach()) for p in self.model.parameters()]
+            torch._foreach_lerp_([local(v) for v in self.ema.values()], now, 1 - decay)
         return {**whole, "grad_norm": norm, "lr": self.c.lr * factor}
 
     def _share(self, mine: dict[str, float]) -> dist.Summing:
-        """Begin to add up what ranks say of a step: their shares of its figures, and the signals they got."""
+        """Begin to add up what ranks say of a step: their shares of its figures, the signals they got, and their seconds."""
         asked = [float(self._stop == s) for s in SIGNALS]
-        return dist.Summing(torch.tensor([*mine.values(), *asked], dtype=torch.float64))
+        times = torch.zeros(2, dist.ranks(), dtype=torch.float64)
+        times[:, dist.rank()] = torch.tensor([self.watch.wait, self.parallel.seconds], dtype=torch.float64)
+        return dist.Summing(torch.cat([torch.tensor([*mine.values(), *asked], dtype=torch.float64), times.flatten()]))
 
     def _shared(self, mine: dict[str, float], shared: dist.Summing) -> dict[str, float]:
-        """Return the whole step's figures; take note of a signal that any rank got."""
-        if dist.ranks() == 1:
-            return mine
+        """Return the whole step's figures; take note of a signal that any rank got, and of all ranks' seconds."""
         values = shared.wait().tolist()
-        asked = [s for s, n in zip(SIGNALS, values[len(mine) :], strict=True) if n]
+        rest = values[len(mine) :]
+        asked = [s for s, n in zip(SIGNALS, rest, strict=False) if n]
         self._agreed = asked[0] if asked else None
+        times = rest[len(SIGNALS) :]
+        self._times = times[: dist.ranks()], times[dist.ranks() :]
         return dict(zip(mine, values, strict=False))
 
     def _critic_backward(self) -> dict[str, Tensor]:
@@ -298,19 +370,27 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def _record(self, kind: str, figures: dict[str, float]) -> None:
-        if self.run is not None and kind != "done" and dist.rank() == 0:
-            line = json.dumps({"kind": kind, "step": self.step, "time": round(time.time(), 3), **figures})
-            path = self.run / "metrics.jsonl"
-            try:
-                with open(path, "a") as file:
-                    file.write(line + "\n")
-            except OSError as err:
-                last = checkpoint.checkpoints(self.run)
-                raise TrainingError(
-                    f"step {self.step}: cannot write {path}: {err.strerror}",
-                    f"the last good checkpoint is {last[-1].name if last else 'none'}; free some space and go on with --resume",
-                ) from err
+        if kind != "done":
+            self._write(kind, figures)
         self.callback(StepRecord(kind, self.step, self.c.steps, figures))
+
+    def _write(self, kind: str, figures: dict[str, Any]) -> None:
+        """Append a record to metrics.jsonl, and hand it to the sinks."""
+        if self.run is None or dist.rank():
+            return
+        line = json.dumps({"kind": kind, "step": self.step, "time": round(time.time(), 3), **figures})
+        path = self.run / "metrics.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(line + "\n")
+        except OSError as err:
+            last = checkpoint.checkpoints(self.run)
+            raise TrainingError(
+                f"step {self.step}: cannot write {path}: {err.strerror}",
+                f"the last good checkpoint is {last[-1].name if last else 'none'}; free some space and go on with --resume",
+            ) from err
+        for sink in self.sinks:
+            sink(kind, self.step, figures)
 
     def _loader(self):
         """Yield the parts of every step to come; with workers, made ahead in other processes."""
@@ -319,9 +399,24 @@ class Trainer:
             return (self._move(self.task.batch(s)) for s in todo)
         loader = torch.utils.data.DataLoader(
             _Steps(self.task), batch_size=None, sampler=list(todo), num_workers=self.c.workers, prefetch_factor=4,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=_leave_signals, timeout=60 * self.c.timeout,
         )
-        return (self._move(parts) for parts in loader)
+        self._fed_by = iter(loader)
+        return (self._move(_raised(parts)) for parts in self._fed_by)
+
+    @contextlib.contextmanager
+    def _feeding(self) -> Iterator[None]:
+        """End the loaders' processes with the training, however it ends: one that hangs on its disk leaves signals alone."""
+        try:
+            yield
+        finally:
+            fed, self._fed_by = self._fed_by, None
+            if fed is not None:
+                fed._shutdown_workers()  # waits for them, and stops watching over them
+                for worker in fed._workers:
+                    if worker.is_alive():
+                        worker.kill()
+                        worker.join()
 
     def _move(self, parts: list[Any]) -> list[Any]:
         return parts if self.device.type == "cpu" else [p.to(self.device) for p in parts]
@@ -352,14 +447,23 @@ def _leave_signals(worker: int) -> None:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
+def _raised(parts: list[Any] | Nano4MError) -> list[Any]:
+    if isinstance(parts, Nano4MError):
+        raise parts
+    return parts
+
+
 class _Steps(torch.utils.data.Dataset):
     """`task.batch` as a map-style data set over steps."""
 
     def __init__(self, task: Task):
         self.task = task
 
-    def __getitem__(self, step: int) -> list[Any]:
-        return self.task.batch(step)
+    def __getitem__(self, step: int) -> list[Any] | Nano4MError:
+        try:
+            return self.task.batch(step)
+        except Nano4MError as err:  # as it is; the loader would wrap it into a traceback
+            return err
 
     def __len__(self) -> int:
         return 1 << 40

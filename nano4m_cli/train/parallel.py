@@ -7,12 +7,15 @@ ranks, not averaged, and one step is the same step for any number of them.
 from __future__ import annotations
 
 import contextlib
+import time
+from functools import partial
 from inspect import signature
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nano4m_cli import dist
 from nano4m_cli.train.config import TrainConfig
@@ -28,10 +31,10 @@ class Lossy(Protocol):
 
 
 class Alone:
-    """One process: the task's loss as it is."""
+    """One process: the task's loss as it is. `seconds` adds up the time that forward passes take."""
 
     def __init__(self, task: Lossy):
-        self.task = task
+        self.task, self.seconds = task, 0.0
 
     def backward(self, part: Any, autocast: Any, last: bool) -> dict[str, Tensor]:
         """Add the gradients of a part's loss; return the loss and its named figures, of this rank's share.
@@ -40,8 +43,10 @@ class Alone:
             last: whether this is the step's last part: only then are gradients sent.
         """
         with self._sending(last):
+            begin = time.perf_counter()
             with autocast:
                 loss, named = self._loss(part)
+            self.seconds += time.perf_counter() - begin
             loss.backward()
         return {"loss": loss, **named}
 
@@ -97,6 +102,76 @@ def _sum(state, bucket):
     return work.get_future().then(lambda future: future.value()[0])
 
 
-def arrange(task: Lossy, config: TrainConfig) -> Alone:
+class Shards(Alone):
+    """Ranks hold the rows of all weights between them (FSDP2): a block's are fetched when it is computed, the others at once.
+
+    What only some ranks' parts use is touched by all, so that all send the same gradients.
+    """
+
+    def __init__(self, task: Lossy, device: torch.device):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+        super().__init__(task)
+        self.model, mesh = task.model, init_device_mesh(device.type, (dist.ranks(),))
+        inner = blocks(self.model)
+        for block in inner:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+        within = {id(m) for block in inner for m in block.modules()}
+        outer = [m for m in self.model.modules() if id(m) not in within]
+        plain = self.model.modality_sums
+
+        def touched(*args: Any) -> tuple[Tensor, Tensor]:
+            total, count = plain(*args)
+            return _Touched.apply(total, *(p for m in outer for p in m.parameters(recurse=False))), count
+
+        self.model.modality_sums = touched
+        register_fsdp_forward_method(self.model, "modality_sums")
+
+    def _sending(self, last: bool) -> Any:
+        self.model.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
+
+
+class _Touched(torch.autograd.Function):
+    """A tensor as it is, whose gradient gives parameters one of zeros."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *params: Tensor) -> Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in params]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, *(torch.zeros((), dtype=t, device=d).expand(s) for s, t, d in ctx.like)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a model's stacks, in order."""
+    return [b for stack in model.children() if isinstance(stack, nn.ModuleList) for b in stack]
+
+
+def recompute(model: nn.Module) -> None:
+    """Let every block keep its input only, and make the rest again in the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
+    for block in blocks(model):
+        block.forward = partial(_again, block.forward)
+
+
+def _again(forward: Any, *args: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **named)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=True, **named)
+
+
+def arrange(task: Lossy, config: TrainConfig, device: torch.device) -> Alone:
     """Return how this process computes its part of every step; the model is on its device already."""
-    return Alone(task) if dist.ranks() == 1 else Replicas(task)
+    if config.recompute:
+        recompute(task.model)
+    if dist.ranks() == 1:
+        return Alone(task)
+    return Shards(task, device) if config.parallel == "fsdp" else Replicas(task)

@@ -34,7 +34,8 @@ from nano4m_cli.train.loop import StepRecord, Stopped, Trainer
 from nano4m_cli.train.tasks import FourMTask
 
 # Settings of a run that do not change what it computes; a resume may change them.
-FREE = ("log_every", "checkpoint_every", "keep", "workers", "timeout")
+FREE = ("log_every", "checkpoint_every", "keep", "keep_every", "keep_best", "save_async", "workers", "parallel", "recompute",
+        "timeout", "stall", "sinks", "log_keys")
 STOPPED = "stopped.json"  # lies in a run's folder from a stop by a signal until the run goes on
 DRY_SAMPLES = 8192
 MODELS: dict[str, type[TokenModel]] = {
@@ -71,7 +72,7 @@ def prepare(config: RunConfig, workspace: Workspace) -> Prepared:
     modalities = chosen.modalities or _in_order(dataset)
     if not modalities:
         raise DataError(f"data set '{dataset.name}' has no tokens", "run 'nano4m tokenize' first")
-    train = TokenData(dataset, config.data.train, modalities)
+    train = TokenData(dataset, config.data.train, modalities, config.data.skip_broken)
     # A data set without the usual val split still trains; a split that was named must be there.
     has_val = config.data.val != "val" or dataset.tokens(modalities[0], "val").is_dir()
     val = TokenData(dataset, config.data.val, modalities) if has_val else None
@@ -188,7 +189,7 @@ def _differences(before: dict, config: RunConfig) -> list[str]:
     def walk(a: Any, b: Any, path: tuple[str, ...]) -> list[str]:
         if isinstance(a, dict) and isinstance(b, dict):
             return [d for k in {**a, **b} for d in walk(a.get(k), b.get(k), (*path, k))]
-        if a == b or (len(path) == 2 and path[0] == "train" and path[1] in FREE):
+        if a == b or path == ("data", "skip_broken") or (len(path) == 2 and path[0] == "train" and path[1] in FREE):
             return []
         return [f"{'.'.join(path)}: {a} -> {b}"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,17 +23,22 @@ from nano4m_cli.tokenizers._base import GradientTokenizer, codebook_use
 from nano4m_cli.train.config import RunConfig, TrainConfig
 
 VAL_PART = 100  # validation samples computed at once
+TRIES = 100  # samples that may be broken on end
 
 
 @dataclass(frozen=True)
 class Part:
-    """A micro-batch, and how many answers of each modality (M,) the whole step has."""
+    """A micro-batch, and how many answers of each modality (M,) the whole step has.
+
+    skipped: what was wrong with the step's samples that others stand for (told by the first part of each rank).
+    """
 
     packed: Packed
     answers_M: Tensor
+    skipped: tuple[str, ...] = ()
 
     def to(self, device) -> Part:
-        return Part(self.packed.to(device), self.answers_M.to(device))
+        return replace(self, packed=self.packed.to(device), answers_M=self.answers_M.to(device))
 
 
 def check_divides(train: TrainConfig, ranks: int) -> None:
@@ -99,9 +104,7 @@ class FourMTask:
         answers = torch.from_numpy(np.add.reduceat(asked.sum(0), self.layout.start[:-1]).astype(np.float32))
         rows = choose(shown.sum(1) + asked.sum(1))
         own = np.concatenate(rows)
-        variants = max(s.variants for s in self.layout.specs)
-        variant = (bits(key.seed, key.stream + "/variant", key.counter_B[own]) % np.uint64(variants)).astype(np.int64)
-        ids, _ = data.read(index[own], variant)
+        ids, _ = data.read(index[own], self._variant(key.stream, key.counter_B[own], key.seed))
         registers = self.model.config.registers
         block = draw_blocks(self.layout, shown, asked, key.sub("block")) if self.model.in_blocks else None
         ends = np.cumsum([len(r) for r in rows])
@@ -117,7 +120,39 @@ class FourMTask:
         def mine(tokens_B: np.ndarray) -> list[np.ndarray]:
             return np.array_split(deal(tokens_B, self.ranks)[self.rank], parts)
 
-        return self._parts(self.train, self.order.at(counter), Key(self.config.seed, "mask", counter), mine)
+        index, skipped = self._readable(step)
+        parts = self._parts(self.train, index, Key(self.config.seed, "mask", counter), mine)
+        return [replace(parts[0], skipped=tuple(skipped.values())), *parts[1:]] if skipped else parts
+
+    def _readable(self, step: int) -> tuple[np.ndarray, dict[int, str]]:
+        """Return the samples of a step, and what was wrong with those that others stand for, by place.
+
+        Each rank looks at the whole step, so that all agree: answers are counted over samples that others read.
+        """
+        counter = self._counters(step)
+        index, skipped = self.order.at(counter), {}
+        if not self.config.data.skip_broken:
+            return index, skipped
+        todo, ahead = np.arange(len(index)), 0
+        while len(todo):
+            bad = self.train.broken(index[todo], self._variant("mask", counter[todo]))
+            todo, ahead = todo[sorted(bad)], ahead + 1
+            for place, why in zip(todo.tolist(), (bad[i] for i in sorted(bad)), strict=True):
+                skipped.setdefault(place, why)
+            if ahead > TRIES:
+                raise DataError(f"{TRIES} samples on end cannot be read, the last because {why}", "run 'nano4m tokenize' again")
+            index[todo] = self.order.at(counter[todo] + ahead)
+        return index, skipped
+
+    def _variant(self, stream: str, counter_B: np.ndarray, seed: int | None = None) -> np.ndarray:
+        variants = max(s.variants for s in self.layout.specs)
+        mark = bits(self.config.seed if seed is None else seed, stream + "/variant", counter_B)
+        return (mark % np.uint64(variants)).astype(np.int64)
+
+    @staticmethod
+    def tokens(part: Part) -> int:
+        """Return how many tokens of a part are read (registers among them) or asked."""
+        return len(part.packed.enc_ids) + len(part.packed.dec_ids)
 
     def loss(self, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy per modality over its answers in the whole step, weighted mean over modalities present."""
@@ -155,7 +190,7 @@ class FourMTask:
     def keys(self, step: int) -> list[str]:
         """Return the keys of this rank's samples of a step."""
         counter = self._counters(step)
-        index = self.order.at(counter)
+        index, _ = self._readable(step)
         if self.ranks > 1:
             shown, asked = self.mixture.draw(self.train.lengths(index), Key(self.config.seed, "mask", counter))
             index = index[deal(shown.sum(1) + asked.sum(1), self.ranks)[self.rank]]
