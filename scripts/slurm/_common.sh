@@ -34,9 +34,8 @@ cd "$SLURM_SUBMIT_DIR" || die "cannot enter $SLURM_SUBMIT_DIR"
 
 # -- stopping ------------------------------------------------------------------------------------------------------------
 # A step is asked to stop by USR1 (--signal=B:USR1@N, N seconds before the time limit; also at preemption where the
-# cluster sends the user's signal) or by TERM. The batch shell hears of the first, the step's own shell (_node.sh) of what
-# is sent to steps only; either leaves a flag. The exit code tells nothing: torchrun makes 1 of every failure, and training
-# that saved and stopped ends with 0.
+# cluster sends the user's signal) or by TERM, which may reach the step only. The batch shell hears of the first and leaves
+# a flag; a run that was stopped leaves runs/RUN/stopped.json, other commands the flag of _node.sh.
 
 flags=${TMPDIR:-/tmp}/nano4m-$SLURM_JOB_ID-$starts
 rm -rf "$flags" && mkdir -p "$flags" || die "cannot write to ${TMPDIR:-/tmp}"

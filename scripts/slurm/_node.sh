@@ -12,7 +12,7 @@ mkdir -p "$NANO4M_FLAGS" 2>/dev/null
 if [ "$1" = --torchrun ]; then
   shift
   here=${SLURMD_NODENAME:-$(hostname)}
-  arguments=(--nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${NANO4M_PROCS:-1}" --max-restarts=0)
+  arguments=(--nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${NANO4M_PROCS:-1}" --max-restarts=0 --signals-to-handle=SIGINT,SIGHUP,SIGQUIT)
   if [ "$SLURM_JOB_NUM_NODES" = 1 ]; then
     arguments+=(--rdzv-backend=c10d --rdzv-endpoint="127.0.0.1:$NANO4M_PORT" --rdzv-id="$NANO4M_RDZV" --rdzv-conf=is_host=1 --local-addr=127.0.0.1)
   else
@@ -32,11 +32,10 @@ s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect((sys.argv[1], 9)
       --rdzv-conf="is_host=$is_host,join_timeout=${NANO4M_JOIN:-600}")
     echo "[nano4m] $here is node $SLURM_NODEID of $SLURM_JOB_NUM_NODES, at $address${card:+ by $card}" >&2
   fi
-  export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
   set -- "$NANO4M_PYTHON" -m torch.distributed.run "${arguments[@]}" -m "$@"
   "$@" &
   child=$!
-  trap ': >"$NANO4M_FLAGS/stop"' USR1 TERM
+  trap : USR1 TERM # wakes `wait`; the workers see to it
 else
   set -m  # a process group of its own: workers of the command are ended with it
   (trap - TERM; exec "$@") &
