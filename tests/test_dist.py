@@ -361,6 +361,7 @@ def test_torchrun_stopped_by_its_scheduler(by_hand, tmp_path):  # noqa: F811
     assert checkpoint.load(checkpoint.latest(folder)).state["step"] == note["step"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_others_with_a_word(by_hand, tmp_path):  # noqa: F811
     space = linked(by_hand, tmp_path / "space")
     folder, command, begun = long_run(space, "killed")

@@ -182,7 +182,7 @@ class FourMTask:
         """Return this rank's validation parts, and whether the last one does not count: who has a part less than others does a
         sample more, because ranks that share a model out fetch it together."""
         index = np.arange(min(self.config.train.val_samples, len(data)))
-        parts = np.array_split(index, -(-len(index) // VAL_PART))
+        parts = np.array_split(index, max(-(-len(index) // VAL_PART), min(self.ranks, len(index))))
         own = parts[self.rank :: self.ranks]
         spare = len(own) < -(-len(parts) // self.ranks)
         return self._parts(data, index, Key(0, "val-mask", index), lambda tokens_B: own + [index[:1]] * spare), spare
