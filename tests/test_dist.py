@@ -6,6 +6,8 @@ than the training.
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_cli import ENV
-from workspace_factory import by_hand, config, linked, one_thread, records, settings, weights  # noqa: F401
+from test_watch import spoil
+from workspace_factory import by_hand, config, copied, linked, one_thread, records, settings, weights  # noqa: F401
 
 from nano4m_cli import dist
 from nano4m_cli.config import build
@@ -30,7 +33,8 @@ from nano4m_cli.train.tasks import deal
 
 REPO = Path(__file__).parents[1]
 BASE = {"train__batch": 12, "train__val_samples": 8, "train__val_every": 3, "train__ema": 0.9, "model__size": "d1-1w32",
-        "model__head_width": 16, "train__log_keys": True}
+        "model__head_width": 16, "train__log_keys": True, "data__dataset": "scenes"}
+SKIP = {**BASE, "data__dataset": "broken", "data__skip_broken": True}
 FSDP = {**BASE, "train__parallel": "fsdp"}
 JOBS = {
     2: [
@@ -47,6 +51,7 @@ JOBS = {
         {"name": "for_three", "changes": FSDP, "stop": {"rank": 0, "step": 2}},
         {"name": "for_one", "changes": FSDP, "stop": {"rank": 0, "step": 2}},
         {"name": "one_to_two", "changes": BASE, "resume": True},
+        {"name": "skip_two", "changes": SKIP},
     ],
     3: [
         {"name": "three", "changes": BASE},
@@ -57,6 +62,7 @@ JOBS = {
 }
 
 
+BROKEN = [1, 4, 5, 12]  # places in shard 1
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -84,12 +90,15 @@ def group(ranks: int, *command: object) -> list[tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def trained(by_hand, tmp_path_factory):  # noqa: F811
-    """A workspace with the runs of one, two and three processes."""
-    space = linked(by_hand, tmp_path_factory.mktemp("dist"))
+    """A workspace with the runs of one, two and three processes; data set `broken` has samples that cannot be read."""
+    space = copied(by_hand, tmp_path_factory.mktemp("dist"))
+    shutil.copytree(space.root / "data" / "scenes", space.root / "data" / "broken")
+    spoil(space.root / "data/broken/tokens/rgb/train/shard-000001.tar", BROKEN)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     one(space, "one", BASE)
     one(space, "one_to_two", BASE, stop=3)
+    one(space, "skip_one", SKIP)
     for ranks, jobs in JOBS.items():
         (space.root / "jobs.json").write_text(json.dumps(jobs))
         for code, err in group(ranks, REPO / "tests" / "dist_worker.py", space.root, space.root / "jobs.json"):
@@ -281,6 +290,29 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_names_its_samples(t
     assert len(mine) == 6 and set(mine) < set(alone[5][0])
 
 
+def test_ranks_agree_on_what_stands_for_broken_samples(trained):
+    alone, shared = keys(trained, "skip_one", 1), keys(trained, "skip_two", 2)
+    bad = {f"train-{16 + i:08d}" for i in BROKEN}
+    for step, parts in shared.items():
+        assert sorted(k for p in parts for k in p) == sorted(alone[step][0]) and not bad & set(alone[step][0])
+    runs = trained.root / "runs"
+    close(records(runs / "skip_two", "train", "val"), records(runs / "skip_one", "train", "val"))
+    assert records(runs / "skip_two", "skipped") == records(runs / "skip_one", "skipped")
+    assert sum(r["n"] for r in records(runs / "skip_one", "skipped")) >= 4
+
+
+def test_data_that_one_rank_cannot_read_end_all_and_are_named_once(trained):
+    args = settings(**{**BASE, "name": "unread", "data__dataset": "broken"})
+    ended = group(2, "-m", "nano4m_cli", "train", trained.root / "tiny.yaml", *args, "--root", trained.root, "--device", "cpu")
+    assert [code for code, _ in ended] == [1, 1], ended
+    told = "".join(err for _, err in ended)
+    keys_ = "|".join(f"train-{16 + i:08d}" for i in BROKEN)
+    found = re.findall(rf"error: (?:rank 1: )?.*broken/tokens/rgb/train/shard-000001.tar, sample '({keys_})': id \d+", told)
+    assert 1 <= len(found) <= 2, told  # both may meet one in the same step
+    assert "Traceback" not in told
+    assert len(found) == 2 or told.count("another process of the run is gone or silent") == 1, told
+
+
 def test_half_a_launcher_s_word_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR"):
@@ -329,6 +361,7 @@ def test_torchrun_stopped_by_its_scheduler(by_hand, tmp_path):  # noqa: F811
     assert checkpoint.load(checkpoint.latest(folder)).state["step"] == note["step"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_others_with_a_word(by_hand, tmp_path):  # noqa: F811
     space = linked(by_hand, tmp_path / "space")
     folder, command, begun = long_run(space, "killed")

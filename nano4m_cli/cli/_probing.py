@@ -34,7 +34,7 @@ def run_probes(
     with show.work() as work:
         done = evaluate(
             workspace, run, probes, split, limit, kind=kind, progress=work.progress, device=pick_device(device), settings=settings,
-            only_report=report,
+            **({"only_report": True} if report else {}),
         )
     for result in done.results:
         show.line(f"{result.probe}: {result.title}")

@@ -63,7 +63,7 @@ def command(
         return
     try:
         if config is None:
-            raise UsageError("train needs a config: which run?", "nano4m train cfgs/demo.yaml, or nano4m train --status")
+            raise UsageError("missing argument 'CONFIG'", "nano4m train cfgs/demo.yaml, or nano4m train --status")
         loaded = load_run_config(find_config(config), settings or [])
         workspace = Workspace.at(root)
         if push and not export:

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from nano4m_cli import dist
 from nano4m_cli.compute import multiplies_bf16
 from nano4m_cli.data._atomic import atomic_file
-from nano4m_cli.errors import CheckpointError, Nano4MError, TrainingError
+from nano4m_cli.errors import CheckpointError, TrainingError
 from nano4m_cli.rng import torch_seed
 from nano4m_cli.train import checkpoint
 from nano4m_cli.train.config import TrainConfig
+from nano4m_cli.train.feed import Feed
 from nano4m_cli.train.optim import build_optimizers, clip_gradients
 from nano4m_cli.train.parallel import arrange
 from nano4m_cli.train.saving import Saver
@@ -126,7 +127,6 @@ class Trainer:
         self._times: tuple[list[float], list[float]] = [0.0], [0.0]  # of the last step, by rank: waiting for data, computing
         self.sinks: list[Sink] = []
         self.keys: KeyLog | None = None
-        self._fed_by: Any = None  # the loader's iterator, if it has processes
         tell = lambda step: self.callback(StepRecord("checkpoint", step, config.steps, {}))  # noqa: E731
         self.saver = Saver(run, config, tell) if run is not None else None
 
@@ -199,11 +199,11 @@ class Trainer:
 
         SIGTERM, SIGUSR1 and Ctrl-C end the current step, write a checkpoint and raise `Stopped`.
         """
-        with self._signals(), self._feeding():
+        with self._signals(), contextlib.closing(self._loader()) as feed:
             figures: dict[str, float] = {}
             self._begin()
             clock, since = time.perf_counter(), self.step
-            for parts in self._watched(self._loader()):
+            for parts in self._watched(feed):
                 window = self._window
                 window.append(self._one_step(parts))
                 self._end_step()
@@ -244,23 +244,14 @@ class Trainer:
             if self.c.log_keys:
                 self.keys = KeyLog(self.run, self.step)
 
-    def _watched(self, loader: Iterator[list[Any]]) -> Iterator[list[Any]]:
-        """Yield what the loader gives; data that do not come, or are broken, are an error that names them."""
+    def _watched(self, feed: Feed) -> Iterator[list[Any]]:
+        """Yield what the feed gives, timed; tell of samples that others stand for."""
         tokens = getattr(self.task, "tokens", lambda part: 0)
         while True:
             self.watch.begins()
-            try:
-                parts = next(loader)
-            except StopIteration:
+            parts = next(feed, None)
+            if parts is None:
                 return
-            except RuntimeError as err:
-                if "DataLoader timed out" not in str(err):
-                    raise
-                keys = self.task.keys(self.step)
-                raise TrainingError(
-                    f"step {self.step + 1}: no data came within {self.c.timeout:g} min; waited for {', '.join(keys[:4])} ...",
-                    "is the data's disk or server there? go on with --resume",
-                ) from err
             self.watch.fed(sum(tokens(p) for p in parts))
             skipped = [why for p in parts for why in getattr(p, "skipped", ())]
             if skipped:
@@ -392,31 +383,9 @@ class Trainer:
         for sink in self.sinks:
             sink(kind, self.step, figures)
 
-    def _loader(self):
-        """Yield the parts of every step to come; with workers, made ahead in other processes."""
-        todo = range(self.step, self.c.steps)
-        if self.c.workers == 0:
-            return (self._move(self.task.batch(s)) for s in todo)
-        loader = torch.utils.data.DataLoader(
-            _Steps(self.task), batch_size=None, sampler=list(todo), num_workers=self.c.workers, prefetch_factor=4,
-            worker_init_fn=_leave_signals, timeout=60 * self.c.timeout,
-        )
-        self._fed_by = iter(loader)
-        return (self._move(_raised(parts)) for parts in self._fed_by)
-
-    @contextlib.contextmanager
-    def _feeding(self) -> Iterator[None]:
-        """End the loaders' processes with the training, however it ends: one that hangs on its disk leaves signals alone."""
-        try:
-            yield
-        finally:
-            fed, self._fed_by = self._fed_by, None
-            if fed is not None:
-                fed._shutdown_workers()  # waits for them, and stops watching over them
-                for worker in fed._workers:
-                    if worker.is_alive():
-                        worker.kill()
-                        worker.join()
+    def _loader(self) -> Feed:
+        """Return what gives the parts of every step to come."""
+        return Feed(self.task, range(self.step, self.c.steps), self.c.workers, self.c.timeout, self._move)
 
     def _move(self, parts: list[Any]) -> list[Any]:
         return parts if self.device.type == "cpu" else [p.to(self.device) for p in parts]
@@ -439,34 +408,6 @@ class Trainer:
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
-
-
-def _leave_signals(worker: int) -> None:
-    """Leave stopping to the training process: signals often reach the whole group, and it still needs its loaders."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def _raised(parts: list[Any] | Nano4MError) -> list[Any]:
-    if isinstance(parts, Nano4MError):
-        raise parts
-    return parts
-
-
-class _Steps(torch.utils.data.Dataset):
-    """`task.batch` as a map-style data set over steps."""
-
-    def __init__(self, task: Task):
-        self.task = task
-
-    def __getitem__(self, step: int) -> list[Any] | Nano4MError:
-        try:
-            return self.task.batch(step)
-        except Nano4MError as err:  # as it is; the loader would wrap it into a traceback
-            return err
-
-    def __len__(self) -> int:
-        return 1 << 40
 
 
 def _step_of(line: str) -> int:

@@ -124,13 +124,14 @@ def start(prepared: Prepared, resume: bool, device: str, callback: Callable[[Ste
                 file.write(dump_yaml(config).encode())
             if not exists:
                 (run / "metrics.jsonl").unlink(missing_ok=True)
-            (run / STOPPED).unlink(missing_ok=True)
     header = {"version": __version__, "task": config.task, "created": round(time.time(), 1)}
     trainer = Trainer(prepared.task, config.train, config.seed, run, header, device, callback)
     if exists:
         trainer.resume()
         if trainer.step >= config.train.steps:
             return trainer.validate()
+    if dist.rank() == 0:
+        (run / STOPPED).unlink(missing_ok=True)
     try:
         return trainer.fit()
     except Stopped as err:

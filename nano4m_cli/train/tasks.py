@@ -182,19 +182,31 @@ class FourMTask:
         """Return this rank's validation parts, and whether the last one does not count: who has a part less than others does a
         sample more, because ranks that share a model out fetch it together."""
         index = np.arange(min(self.config.train.val_samples, len(data)))
-        parts = np.array_split(index, -(-len(index) // VAL_PART))
+        parts = np.array_split(index, max(-(-len(index) // VAL_PART), min(self.ranks, len(index))))
         own = parts[self.rank :: self.ranks]
         spare = len(own) < -(-len(parts) // self.ranks)
         return self._parts(data, index, Key(0, "val-mask", index), lambda tokens_B: own + [index[:1]] * spare), spare
 
-    def keys(self, step: int) -> list[str]:
-        """Return the keys of this rank's samples of a step."""
+    def _own(self, step: int) -> np.ndarray:
+        """Return this rank's samples of a step."""
         counter = self._counters(step)
         index, _ = self._readable(step)
         if self.ranks > 1:
             shown, asked = self.mixture.draw(self.train.lengths(index), Key(self.config.seed, "mask", counter))
             index = index[deal(shown.sum(1) + asked.sum(1), self.ranks)[self.rank]]
-        return [self.train.key(int(i)) for i in index]
+        return index
+
+    def keys(self, step: int) -> list[str]:
+        """Return the keys of this rank's samples of a step."""
+        return [self.train.key(int(i)) for i in self._own(step)]
+
+    def places(self, step: int) -> list[str]:
+        """Return the keys of this rank's samples of a step, by the shards that they lie in."""
+        by_shard: dict[str, list[str]] = {}
+        for i in self._own(step).tolist():
+            shard, place = self.train.split.locate(i)
+            by_shard.setdefault(str(shard.path), []).append(shard.keys[place])
+        return [f"{path}: {', '.join(keys)}" for path, keys in by_shard.items()]
 
     def state(self) -> dict[str, Any]:
         return {"specs": [s.model_dump(mode="json") for s in self.layout.specs]}
