@@ -40,9 +40,15 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: Nano4MError | None = None
         self._done: int | None = None
+        self._over = threading.Event()
+
+    def close(self) -> None:
+        """Wait for no other rank any more: training has ended, one of them may be gone."""
+        self._over.set()
 
     def save(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         self.finish()
+        self._over.clear()
         shared = any(is_shared(t) for part in tensors.values() for t in part.values())
         if not shared and dist.rank():
             tensors = {}
@@ -141,8 +147,9 @@ class Saver:
         for rank in range(dist.ranks()):
             told = aside / f".rank-{rank:05d}.json"
             while not told.is_file():
-                if time.monotonic() > until:
-                    raise DataError(f"rank {rank} has not written its shard within {self.c.timeout:g} min")
+                if self._over.is_set() or time.monotonic() > until:
+                    within = "" if self._over.is_set() else f" within {self.c.timeout:g} min"
+                    raise DataError(f"rank {rank} has not written its shard{within}")
                 time.sleep(POLL)
             notes.append(json.loads(told.read_text()))
         hashes: dict[str, str] = {}
