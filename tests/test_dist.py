@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli import ENV
+from test_cli import ENV, run
 from test_watch import spoil
 from workspace_factory import by_hand, config, copied, linked, one_thread, records, settings, weights  # noqa: F401
 
@@ -29,6 +29,7 @@ from nano4m_cli.errors import ConfigError, UsageError
 from nano4m_cli.train import checkpoint
 from nano4m_cli.train.config import TrainConfig
 from nano4m_cli.train.run import open_run, prepare, start
+from nano4m_cli.train.status import status
 from nano4m_cli.train.tasks import deal
 
 REPO = Path(__file__).parents[1]
@@ -151,6 +152,25 @@ def test_losses_validation_and_norms_are_those_of_one_process(trained):
 def test_ranks_end_with_the_same_weights(trained):
     for name, number, ranks in (("two", 0, 2), ("cut", 2, 2), ("three", 0, 3)):
         assert len({s["weights"] for s in said(trained, name, number, ranks)}) == 1, name
+
+
+def test_records_tell_of_every_rank(trained):
+    folder = trained.root / "runs" / "three"
+    (begun,) = records(folder, "start")
+    assert (begun["ranks"], begun["device"], begun["step"]) == (3, "cpu", 0)
+    for record in records(folder, "speed"):
+        assert record["ranks"] == 3
+        for name in ("tokens_per_s", "data_wait", "memory_mb"):
+            figure = record[name]
+            assert figure["min"] <= figure["median"] <= figure["max"] and {figure["min_rank"], figure["max_rank"]} <= {0, 1, 2}
+        assert record["tokens_per_s"]["min"] > 0 and record["memory_mb"]["min"] > 50
+    again = records(trained.root / "runs" / "three_cut", "start")
+    assert [r["step"] for r in again] == [0, 3] and status(trained.root / "runs" / "three_cut").restarts == 1
+
+
+def test_gradients_are_sent_once_a_step_in_pieces(trained):
+    whole, parts = (said(trained, name, number, 2)[0]["sent"] for name, number in (("two", 0), ("parts", 3)))
+    assert whole == parts and whole % 6 == 0 and whole >= 12, (whole, parts)
 
 
 def keys(space, name, ranks):
@@ -375,3 +395,13 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_word(by_hand, tmp_path):  
     assert ranks[0].returncode == 1, err
     assert "error: another process of the run is gone or silent" in err and "go on from the last good checkpoint" in err
     assert "Traceback" not in err
+
+
+def test_what_one_process_does_is_refused_by_several_and_said_once(tmp_path):
+    (tmp_path / "t.yaml").write_text("task: tokenizer\ntokenizer: {modality: rgb}\n")
+    for rank in (0, 1):
+        place = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": "0"}
+        result = run("train", tmp_path / "t.yaml", "--root", tmp_path, env=place)
+        assert result.exit_code == 2 and result.stdout == ""
+        told = "error: task: tokenizer runs by one process, this is one of 2\nhint: start it without torchrun\n"
+        assert result.stderr == (told if rank == 0 else "")
