@@ -115,10 +115,18 @@ def test_shards_wait_for_every_rank_and_say_who_is_missing(tmp_path, monkeypatch
     monkeypatch.setattr(saving.dist, "ranks", lambda: 2)
     aside = tmp_path / "checkpoints" / ".step-00000001.shards.part"
     aside.mkdir(parents=True)
+    saver._write_shards(1, {}, aside)
     with pytest.raises(CheckpointError, match="rank 1 has not written its shard within 0.001 min"):
-        saver._write_shards(1, {}, {}, aside)
+        saver._complete(1, {}, aside)
     patient = saving.Saver(tmp_path, config(space.root, train__timeout=60).train, lambda step: None)
-    patient.close()  # as when the other rank was killed: nobody waits an hour
+    (aside / ".rank-00001.failed").touch()  # nobody waits an hour for who could not write
     with pytest.raises(CheckpointError, match="rank 1 has not written its shard$"):
-        patient._write_shards(1, {}, {}, aside)
+        patient._complete(1, {}, aside)
+    (aside / ".rank-00001.failed").unlink()
+    patient.close()  # nor for who was killed
+    with pytest.raises(CheckpointError, match="rank 1 has not written its shard$"):
+        patient._complete(1, {}, aside)
     assert not checkpoint.checkpoints(tmp_path)
+    (aside / ".rank-00001.json").write_text('{"sha256": {}, "shards": {}}')
+    patient._complete(1, {}, aside)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000001"]
