@@ -40,6 +40,24 @@ def test_the_newest_those_of_every_n_steps_and_the_best_stay(space):
     assert json.loads((checkpoint.checkpoints(best)[0] / "state.json").read_text())["val_loss"] == loss[least]
 
 
+def test_one_that_is_half_removed_when_the_process_is_killed_has_no_name(space, monkeypatch):
+    folder, remove = train(space, train__checkpoint_every=2, train__keep=9), checkpoint.shutil.rmtree
+
+    def killed(path, **how):
+        if not how:
+            (path / "state.json").unlink()
+            raise KeyboardInterrupt
+        remove(path, **how)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.prune(folder, checkpoint.Retention(1))
+    monkeypatch.undo()
+    assert steps(folder) == [4, 6] and all(checkpoint.load(p) for p in checkpoint.checkpoints(folder))
+    checkpoint.sweep(folder)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+
+
 def test_written_beside_the_next_steps_a_checkpoint_is_the_same(space):
     common = dict(train__checkpoint_every=2, train__keep=9, train__ema=0.9, train__log_every=4)
     at_once, told = train(space, name="at_once", **common), []
