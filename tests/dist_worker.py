@@ -3,7 +3,7 @@
     RANK=0 WORLD_SIZE=2 ... python tests/dist_worker.py ROOT JOBS.json
 
 A job: {"name", "changes", "resume", "stop": {"rank", "step"}, "poison": {"rank", "step"}}. What a job raises goes to
-ROOT/said/<name>.<n>.rank-<rank>.json; each rank's weights after it to ROOT/said/<name>.<n>.rank-<rank>.txt, as one hash.
+ROOT/said/<name>.<n>.rank-<rank>.json, with a hash of the rank's weights after it and the number of buckets it sent.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from workspace_factory import config
 from nano4m_cli import dist
 from nano4m_cli.data.workspace import Workspace
 from nano4m_cli.errors import Nano4MError
-from nano4m_cli.train import loop, run, sharding
+from nano4m_cli.train import loop, parallel, run, sharding
 
 torch.set_num_threads(1)
 
@@ -29,8 +29,12 @@ torch.set_num_threads(1)
 def work(root: Path, number: int, job: dict) -> None:
     said, out = root / "said", {}
     said.mkdir(exist_ok=True)
-    seen = []
-    one_step = loop.Trainer._one_step
+    seen, sent = [], []
+    one_step, summed = loop.Trainer._one_step, parallel._sum
+
+    def counted(state, bucket):
+        sent.append(bucket.index())
+        return summed(state, bucket)
 
     def step(self, parts):
         seen.append(self)
@@ -41,7 +45,7 @@ def work(root: Path, number: int, job: dict) -> None:
             os.kill(os.getpid(), signal.SIGUSR1)
         return one_step(self, parts)
 
-    loop.Trainer._one_step = step
+    loop.Trainer._one_step, parallel._sum = step, counted
     try:
         prepared = run.prepare(config(root, name=job["name"], **job.get("changes", {})), Workspace(root))
         run.start(prepared, job.get("resume", False), "cpu", lambda record: None)
@@ -50,12 +54,12 @@ def work(root: Path, number: int, job: dict) -> None:
     except loop.Stopped as err:
         out = {"stopped": err.step, "signum": err.signum}
     finally:
-        loop.Trainer._one_step = one_step
+        loop.Trainer._one_step, parallel._sum = one_step, summed
     if seen:
         digest = hashlib.sha256()
         for name, p in seen[-1].model.state_dict().items():
             digest.update(name.encode() + sharding.local(p).detach().numpy().tobytes())
-        out["weights"] = digest.hexdigest()
+        out |= {"weights": digest.hexdigest(), "sent": len(sent)}
     (said / f"{job['name']}.{number}.rank-{dist.rank()}.json").write_text(json.dumps(out))
 
 

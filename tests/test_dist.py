@@ -6,6 +6,7 @@ than the training.
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -19,16 +20,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli import ENV
+from test_cli import ENV, run
 from test_watch import spoil
 from workspace_factory import by_hand, config, copied, linked, one_thread, records, settings, weights  # noqa: F401
 
 from nano4m_cli import dist
 from nano4m_cli.config import build
-from nano4m_cli.errors import ConfigError, UsageError
+from nano4m_cli.errors import ConfigError, TrainingError, UsageError
 from nano4m_cli.train import checkpoint
 from nano4m_cli.train.config import TrainConfig
 from nano4m_cli.train.run import open_run, prepare, start
+from nano4m_cli.train.status import status
 from nano4m_cli.train.tasks import deal
 
 REPO = Path(__file__).parents[1]
@@ -151,6 +153,25 @@ def test_losses_validation_and_norms_are_those_of_one_process(trained):
 def test_ranks_end_with_the_same_weights(trained):
     for name, number, ranks in (("two", 0, 2), ("cut", 2, 2), ("three", 0, 3)):
         assert len({s["weights"] for s in said(trained, name, number, ranks)}) == 1, name
+
+
+def test_records_tell_of_every_rank(trained):
+    folder = trained.root / "runs" / "three"
+    (begun,) = records(folder, "start")
+    assert (begun["ranks"], begun["device"], begun["step"]) == (3, "cpu", 0)
+    for record in records(folder, "speed"):
+        assert record["ranks"] == 3
+        for name in ("tokens_per_s", "data_wait", "memory_mb"):
+            figure = record[name]
+            assert figure["min"] <= figure["median"] <= figure["max"] and {figure["min_rank"], figure["max_rank"]} <= {0, 1, 2}
+        assert record["tokens_per_s"]["min"] > 0 and record["memory_mb"]["min"] > 50
+    again = records(trained.root / "runs" / "three_cut", "start")
+    assert [r["step"] for r in again] == [0, 3] and status(trained.root / "runs" / "three_cut").restarts == 1
+
+
+def test_gradients_are_sent_once_a_step(trained):
+    whole, parts = (said(trained, name, number, 2)[0]["sent"] for name, number in (("two", 0), ("parts", 3)))
+    assert whole == parts == 6, (whole, parts)  # so small a model's go in one piece
 
 
 def keys(space, name, ranks):
@@ -375,3 +396,60 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_word(by_hand, tmp_path):  
     assert ranks[0].returncode == 1, err
     assert "error: another process of the run is gone or silent" in err and "go on from the last good checkpoint" in err
     assert "Traceback" not in err
+
+
+def test_what_one_process_does_is_refused_by_several_and_said_once(tmp_path):
+    (tmp_path / "t.yaml").write_text("task: tokenizer\ntokenizer: {modality: rgb}\n")
+    for rank in (0, 1):
+        place = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": "0"}
+        result = run("train", tmp_path / "t.yaml", "--root", tmp_path, env=place)
+        assert result.exit_code == 2 and result.stdout == ""
+        told = "error: task: tokenizer runs by one process, this is one of 2\nhint: start it without torchrun\n"
+        assert result.stderr == (told if rank == 0 else "")
+
+
+def test_ranks_that_do_not_come_are_waited_for_in_minutes_not_for_ever(monkeypatch):
+    for name, value in zip(PLACE, (0, 2, 0, "127.0.0.1", port()), strict=True):
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(TrainingError, match=r"rank 0 of 2 did not meet the others at 127.0.0.1:\d+ within 0.02 min"):
+        with dist.joined("cpu", 0.02):
+            pass
+    assert dist.ranks() == 1
+
+
+@pytest.mark.slow
+def test_shards_written_beside_training_survive_kills_at_any_moment(by_hand, tmp_path):  # noqa: F811
+    """Both ranks are killed at once or one first, while shards are being written or not; the run ends as if nothing had been."""
+    space, moments = linked(by_hand, tmp_path / "space"), random.Random(1)
+    (space.root / "tiny.yaml").write_text("{}")
+    changes = dict(train__parallel="fsdp", train__save_async=True, train__checkpoint_every=2, train__steps=160, train__ema=0.9,
+                   train__val_samples=8, train__log_every=20)
+
+    def ranks(name):
+        args = ["-m", "nano4m_cli", "train", space.root / "tiny.yaml", *settings(name=name, **changes), "--root", space.root,
+                "--device", "cpu", "--resume"]
+        at, pipes = port(), dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return [subprocess.Popen([sys.executable, *map(str, args)], env=environment(r, 2, at), **pipes) for r in range(2)]
+
+    def newest(name):
+        return max((p.name for p in (space.root / "runs" / name / "checkpoints").glob("step-*")), default="")
+
+    whole = ranks("whole")
+    assert [(p.communicate(timeout=240)[1], p.returncode)[1] for p in whole] == [0, 0]
+    for n in range(3):
+        before, both = newest("cut"), ranks("cut")
+        until(lambda before=before: newest("cut") > before, both[0])
+        time.sleep(moments.uniform(0.0, 0.3))
+        for p in both if n % 2 else both[::-1]:
+            p.kill()
+        for p in both:
+            p.communicate(timeout=60)
+        for point in checkpoint.checkpoints(space.root / "runs" / "cut"):
+            checkpoint.load(point)  # whatever has its name is whole
+    assert newest("cut") < "step-00000160"
+    last = ranks("cut")
+    assert [(p.communicate(timeout=240)[1], p.returncode)[1] for p in last] == [0, 0]
+    runs = space.root / "runs"
+    assert weights(runs / "cut") == weights(runs / "whole")
+    assert records(runs / "cut", "train", "val") == records(runs / "whole", "train", "val")
+    assert status(runs / "cut").restarts == 3

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from nano4m_cli.config import Config
 from nano4m_cli.probes._context import Context
-from nano4m_cli.probes._result import Metric
+from nano4m_cli.probes._result import Findings
 
 
 class Probe(ABC):
@@ -27,5 +27,5 @@ class Probe(ABC):
         return None
 
     @abstractmethod
-    def measure(self, context: Context) -> tuple[list[Metric], list[str]]:
-        """Return (metrics, notes)."""
+    def measure(self, context: Context) -> Findings:
+        """Return figures, notes and plots."""

@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import save
+
 from nano4m_cli.config import apply_overrides, build
-from nano4m_cli.data._atomic import write_json
+from nano4m_cli.data._atomic import atomic_file, write_json
 from nano4m_cli.data.workspace import Workspace
 from nano4m_cli.errors import DataError, UnknownNameError, did_you_mean
 from nano4m_cli.probes._context import Context
-from nano4m_cli.probes._result import Result
+from nano4m_cli.probes._result import Metric, Result
 from nano4m_cli.registry import PROBES
 from nano4m_cli.train.run import open_run
 
@@ -82,20 +85,21 @@ def evaluate(
                 raise DataError(f"probe '{name}' cannot run here: {lack}")
             report.skipped[name] = lack
             continue
-        metrics, notes = probe.measure(context)
-        directions = sorted({m.name.rpartition("/")[0] for m in metrics if "->" in m.name})
+        found = probe.measure(context)
+        directions = sorted({m.name.rpartition("/")[0] for m in found.metrics if "->" in m.name})
         posed = {d: context.posed(d) for d in directions}
         metrics = [m.model_copy(update={"in_distribution": posed[d].value}) if (d := m.name.rpartition("/")[0]) in posed else m
-                   for m in metrics]
+                   for m in found.metrics]
         result = Result(
             probe=name, version=probe.version, title=PROBES.summary(name), split=context.split, seed=seed, run=run.name,
             checkpoint=run.checkpoint.name, data=run.dataset.name, commit=commit(), metrics=metrics, in_distribution=posed,
-            notes=notes, settings={"limit": limit, "samples": context.n, **({"options": " ".join(settings)} if settings else {})},
+            notes=found.notes, plots=found.plots,
+            settings={"limit": limit, "samples": context.n, **({"options": " ".join(settings)} if settings else {})},
         )
         path = folder / f"{name}.json"
         write_json(path, result.model_dump(mode="json"))
         report.results.append(result)
-        report.files.append(path)
+        report.files += [path, _write_samples(context, metrics, path.with_suffix(".samples.safetensors"))]
     progress("probes", len(wanted), len(wanted))
     if kind == "eval" and not probes:
         from nano4m_cli.probes._gallery import write_gallery
@@ -105,6 +109,20 @@ def evaluate(
 
     report.report = build_report(run.path)
     return report
+
+
+def _write_samples(context: Context, metrics: Sequence[Metric], path: Path) -> Path:
+    """Write the per-sample values that figures are means of, for paired comparisons of runs: "<metric name>" (n,) and
+    "<metric name>/weight" (n,), of the first n samples of the split; figures under several settings are left out."""
+    tensors = {}
+    for m in metrics:
+        if m.per_sample is not None and m.setting is None:
+            values, weights = m.per_sample
+            tensors[m.name], tensors[f"{m.name}/weight"] = (np.ascontiguousarray(x, np.float64) for x in (values, weights))
+    about = {"data": context.dataset.name, "split": context.split, "samples": str(context.n)}
+    with atomic_file(path) as file:
+        file.write(save(tensors, metadata=about))
+    return path
 
 
 def _held_out(run) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import field_validator
+from pydantic import Field, field_validator, model_validator
 
 from nano4m_cli.config import Config
 from nano4m_cli.rng import generator
@@ -22,6 +24,8 @@ class Metric(Config):
     train split). ceiling: what the source determines at all, where the data set knows it. reference: the same
     figure for the best that could be expected (the tokenizer's own round trip, the judge on real data).
     setting: where one figure is measured under several, which (a report then lays them out side by side).
+    per_sample: (values (n,), weights (n,)) that the figure is the weighted mean of, in the split's order: kept beside the
+        results, so that runs can be compared sample by sample.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Metric(Config):
     unit: str = ""
     in_distribution: bool | None = None
     setting: dict[str, str | int | float] | None = None
+    per_sample: Any = Field(None, exclude=True, repr=False)
 
     @field_validator("value", "chance", "majority", "ceiling", "reference")
     @classmethod
@@ -46,6 +51,51 @@ class Metric(Config):
     @classmethod
     def _interval(cls, v):
         return None if v is None or not all(map(math.isfinite, v)) else (round(v[0], 6), round(v[1], 6))
+
+
+class Plot(Config):
+    """What a page draws or lays out beside the figures.
+
+    kind: "matrix" is a heat map of values[row][column]; "curve" draws each row as a line over the columns, which are then
+        numbers; "table" is laid out as it is.
+    values: (rows, columns), None where nothing was measured; text in tables only. low, high: 95 % intervals of a curve.
+    x, y: what the axes are, with units. diagonal: of a curve, whether y = x is drawn (what a calibrated model would give).
+    """
+
+    name: str
+    title: str
+    kind: Literal["matrix", "curve", "table"]
+    rows: list[str]
+    columns: list[str | float]
+    values: list[list[str | float | None]]
+    low: list[list[float | None]] | None = None
+    high: list[list[float | None]] | None = None
+    x: str = ""
+    y: str = ""
+    diagonal: bool = False
+
+    @field_validator("values", "low", "high", mode="before")
+    @classmethod
+    def _rounded(cls, v):
+        keep = lambda x: None if not math.isfinite(x) else round(float(x), 6)  # noqa: E731
+        return v if v is None else [[x if x is None or isinstance(x, str) else keep(x) for x in row] for row in v]
+
+    @model_validator(mode="after")
+    def _shape(self) -> Plot:
+        for part in (self.values, self.low, self.high):
+            assert part is None or [len(r) for r in part] == [len(self.columns)] * len(self.rows), (self.name, len(self.rows))
+        assert self.kind == "table" or not any(isinstance(x, str) for row in self.values for x in row), self.name
+        assert self.kind != "curve" or not any(isinstance(c, str) for c in self.columns), self.name
+        return self
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a probe measured: figures, remarks that a reader needs, and what is drawn beside them."""
+
+    metrics: list[Metric]
+    notes: list[str] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
 
 
 class Direction(Config):
@@ -70,6 +120,7 @@ class Result(Config):
     metrics: list[Metric]
     in_distribution: dict[str, Direction] = {}
     notes: list[str] = []
+    plots: list[Plot] = []
     settings: dict[str, str | int | float | None] = {}
 
 
@@ -92,4 +143,4 @@ def mean_metric(name: str, values_N: Sequence[float], weights_N: Sequence[float]
     values = np.asarray(values_N, dtype=np.float64)
     weights = np.ones_like(values) if weights_N is None else np.asarray(weights_N, dtype=np.float64)
     value, interval = ratio_interval(values * weights, weights)
-    return Metric(name=name, value=value, n=int((weights > 0).sum()), ci95=interval, **more)
+    return Metric(name=name, value=value, n=int((weights > 0).sum()), ci95=interval, per_sample=(values, weights), **more)

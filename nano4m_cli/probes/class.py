@@ -6,7 +6,7 @@ import numpy as np
 
 from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context, missing
-from nano4m_cli.probes._result import Metric, mean_metric
+from nano4m_cli.probes._result import Findings, mean_metric
 
 KIND = "eval"
 
@@ -17,7 +17,7 @@ class Probe(Base):
             return f"data set '{context.dataset.name}' states no attributes"
         return missing(context, "caption")
 
-    def measure(self, context: Context) -> tuple[list[Metric], list[str]]:
+    def measure(self, context: Context) -> Findings:
         rows, texts, owner = candidates(context)
         metrics = []
         for source in context.names:
@@ -36,11 +36,11 @@ class Probe(Base):
                     name = f"{context.direction([source], 'caption')}/{attribute}_acc"
                     baselines = context.baselines([source], attribute, told=True)
                     metrics.append(mean_metric(name, value, asked[attribute], **baselines))
-        return metrics, [
+        return Findings(metrics, [
             "each attribute word of the true caption is replaced by every alternative of the same wording; the other "
             "words stay as they are, so they may tell (ceilings count that); scores are mean log-likelihood per token of the "
             "full caption",
-        ]
+        ])
 
 
 def candidates(context: Context) -> tuple[list[tuple[int, str, str, list[tuple[str, int]]]], list[np.ndarray], np.ndarray]:

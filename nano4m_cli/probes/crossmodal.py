@@ -10,7 +10,7 @@ from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context
 from nano4m_cli.probes._images import absrel, angle, psnr
 from nano4m_cli.probes._judges import JUDGED, Judge, open_judge
-from nano4m_cli.probes._result import Metric, mean_metric
+from nano4m_cli.probes._result import Findings, Metric, mean_metric
 
 KIND = "eval"
 HEARD = 200  # samples judged by ear: phase reconstruction is the slow part
@@ -37,7 +37,7 @@ class Probe(Base):
         shown = set(context.names) - set(context.info.brought)
         return None if able or {"rgb", "depth"} <= shown else "no modality that a judge could name"
 
-    def measure(self, context: Context) -> tuple[list[Metric], list[str]]:
+    def measure(self, context: Context) -> Findings:
         metrics: list[Metric] = []
         for target in JUDGED:
             if target in context.names and context.info.determined.get(target):
@@ -48,7 +48,7 @@ class Probe(Base):
                     metrics += self._measured(context, target, error, unit)
             if "rgb_hi" in context.names and context.model.reads(["rgb"], "rgb_hi"):
                 metrics += self._sharpened(context)
-        return metrics, [
+        return Findings(metrics, [
             "judged: share of objects whose attribute an independent classifier names as the sample's labels do, in "
             "caption order; the classifier saw real samples only, none of this split",
             "reference: the same figure for the truth after the tokenizer's round trip; judge_*: the classifier on real samples",
@@ -58,7 +58,7 @@ class Probe(Base):
             "values; majority: the train split's mean picture",
             *(["rgb_hi: psnr of the expected code values in one pass; enlarged_psnr: of rgb made larger (bicubic), which "
                "learned nothing; shrunk_psnr: of the samples made as small as rgb, to rgb"] if "rgb_hi" in context.names else []),
-        ]
+        ])
 
     def _judged(self, context: Context, target: str) -> list[Metric]:
         judge = open_judge(context.dataset, target, context.progress)

@@ -21,7 +21,7 @@ from nano4m_cli.masking._mixture import IN_DISTRIBUTION
 from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context
 from nano4m_cli.probes._judges import JUDGED, Judge, open_judge
-from nano4m_cli.probes._result import Metric, mean_metric
+from nano4m_cli.probes._result import Findings, Metric, mean_metric
 
 KIND = "eval"
 ONE_CALL = ("onepass", "mean")  # schemes to which steps do not matter, as to ar, which takes one per slot
@@ -54,7 +54,7 @@ class Probe(Base):
         able = [t for t in JUDGED if t in context.names and context.info.determined.get(t)]
         return None if able and len(context.names) > 1 else "no modality that a judge could name"
 
-    def measure(self, context: Context) -> tuple[list[Metric], list[str]]:
+    def measure(self, context: Context) -> Findings:
         sources, target = self._direction(context)
         judge = open_judge(context.dataset, target, context.progress)
         told = [a for a in judge.attributes if any(a in _known(context, s) for s in sources)]
@@ -64,7 +64,7 @@ class Probe(Base):
         metrics = self._choices(context, task)
         metrics += self._best(context, task) if self.options.best_of else []
         usual = context.sampling([target])
-        return metrics, [
+        return Findings(metrics, [
             f"acc: share of what is told of each object by {' and '.join(sources)} ({', '.join(told)}) that an independent judge "
             f"names in what was made; in the truth after the tokenizer's round trip it names {task.reference:.3f} (reference)",
             f"distinct, vendi_judge: of the {self.options.each} samples of one condition, how many differ in what the judge names, "
@@ -75,7 +75,7 @@ class Probe(Base):
             f"best of n: candidates drawn with scheme {usual.scheme}, steps {usual.steps}, temperature {usual.temperature}, "
             f"guidance {usual.guidance}; rank judge is by a second judge, trained apart from the one that measures, "
             "but on the same samples: where both err alike, it gains in the figure alone",
-        ]
+        ])
 
     def _direction(self, context: Context) -> tuple[list[str], str]:
         """Return (sources, target), checked."""

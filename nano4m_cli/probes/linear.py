@@ -8,7 +8,7 @@ import torch
 from nano4m_cli.model.fourm import FourM
 from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context
-from nano4m_cli.probes._result import Metric, mean_metric
+from nano4m_cli.probes._result import Findings, mean_metric
 
 KIND = "probe"
 FIT = 2000
@@ -21,7 +21,7 @@ class Probe(Base):
             return f"features are read from runs of task fourm, this is one of task {context.run.config.task}"
         return None if context.info.attributes else f"data set '{context.dataset.name}' states no attributes"
 
-    def measure(self, context: Context) -> tuple[list[Metric], list[str]]:
+    def measure(self, context: Context) -> Findings:
         fit = Context(context.run, context.run.config.data.train, FIT, context.seed, context.progress)
         metrics = []
         for source in context.names:
@@ -36,10 +36,10 @@ class Probe(Base):
                     metrics.append(mean_metric(
                         f"{source}/layer{layer}_{attribute}_acc", guess == truth, **context.baselines([source], attribute)
                     ))
-        return metrics, [
+        return Findings(metrics, [
             f"features: mean of the encoder's tokens when one modality is shown whole, per layer (0: embedding); readout: "
             f"ridge classifier (lambda {RIDGE}) fitted on {fit.n} train samples; target: the first object's attribute",
-        ]
+        ])
 
 
 def features(context: Context, source: str) -> list[np.ndarray]:

@@ -8,13 +8,13 @@ from nano4m_cli.data.loader import TokenData
 from nano4m_cli.masking._base import Key
 from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context
-from nano4m_cli.probes._result import Metric, mean_metric
+from nano4m_cli.probes._result import Findings, Metric, mean_metric
 
 KIND = "eval"
 
 
 class Probe(Base):
-    def measure(self, context: Context) -> tuple[list[Metric], list[str]]:
+    def measure(self, context: Context) -> Findings:
         layout, metrics = context.layout, []
         shown, asked = context.run.mixture.draw(context.length_NM, Key(context.seed, "eval-mask", np.arange(context.n)))
         nll = context.slot_nll(shown, asked)
@@ -33,11 +33,11 @@ class Probe(Base):
                 spec = layout.specs[context.names.index(target)]
                 name = f"{context.direction([source], target)}/ce"
                 metrics.append(_metric(name, values, marginal[:, columns], spec.vocab_size))
-        return metrics, [
+        return Findings(metrics, [
             "chance is the uniform guess over the modality's ids, majority the unigram distribution of the train split",
             "per modality: masks drawn as in training, with fixed seed; per direction: one whole source, the whole target",
             *context.model.notes,
-        ]
+        ])
 
 
 def unigram_nll(context: Context) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context
-from nano4m_cli.probes._result import Metric, mean_metric
+from nano4m_cli.probes._result import Findings, mean_metric
 
 KIND = "eval"
 GALLERY = 200
@@ -21,7 +21,7 @@ class Probe(Base):
             return "the run has one modality only"
         return None if context.model.at_once else "a model that reads slot by slot cannot score all candidates at once"
 
-    def measure(self, context: Context) -> tuple[list[Metric], list[str]]:
+    def measure(self, context: Context) -> Findings:
         metrics = []
         pairs = [(s, t) for t in context.names for s in context.names if s != t]
         for i, (source, target) in enumerate(pairs):
@@ -38,12 +38,12 @@ class Probe(Base):
                 best = best_rank(s, relevant)
                 metrics += [mean_metric(f"{name}/{kind}r{k}", best <= k, **bound) for k, bound in bounds.items()]
         what = "the sample itself" if context.info.pairing == "instance" else "any candidate of the same class"
-        return metrics, [
+        return Findings(metrics, [
             f"gallery: the first {min(GALLERY, context.n)} samples ({min(TEXT_GALLERY, context.n)} where text is ranked); "
             f"right is {what}; ties count against the model; r1, r5 by PMI, likelihood_r1, likelihood_r5 by likelihood",
             "ceiling: where source and target share labelled attributes only, samples alike in them cannot be told apart",
             "grids and codes are scored in one pass, slot by slot independent given the source",
-        ]
+        ])
 
 
 def likelihoods(context: Context, source: str, target: str) -> np.ndarray:

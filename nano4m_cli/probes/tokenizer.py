@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context
-from nano4m_cli.probes._result import Metric, mean_metric
+from nano4m_cli.probes._result import Findings, Metric, mean_metric
 from nano4m_cli.probes._roundtrip import codebook, fidelity
 
 KIND = "eval"
@@ -13,7 +13,7 @@ UNITS = {"psnr": "dB", "angle": "degrees", "mel": "nats", "mel_wave": "nats"}
 
 
 class Probe(Base):
-    def measure(self, context: Context) -> tuple[list[Metric], list[str]]:
+    def measure(self, context: Context) -> Findings:
         metrics = []
         for spec in context.layout.specs:
             name, ids = spec.modality, context.ids(spec.modality)
@@ -28,4 +28,6 @@ class Probe(Base):
             fresh = context.tokenizer(name).encode(context.raw(name)[:50])
             same = [float((a == b).all()) for a, b in zip(fresh, ids[:50], strict=True) if len(a) == len(b)]
             metrics.append(mean_metric(f"{name}/stored_ids_equal", same or [0.0]))
-        return metrics, ["stored_ids_equal: share of samples whose ids on disk are those that encoding gives now (first 50)"]
+        return Findings(metrics, [
+            "stored_ids_equal: share of samples whose ids on disk are those that encoding gives now (first 50)",
+        ])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -83,7 +84,11 @@ def prune(run: Path, keep: Retention) -> None:
     stay = keep.stays(list(found), loss)
     for step, path in found.items():
         if step not in stay:
-            shutil.rmtree(path)
+            # First its name goes: one that is half removed when the process is killed must not look like a checkpoint.
+            gone = path.with_name(f".{path.name}.old")
+            shutil.rmtree(gone, ignore_errors=True)
+            os.replace(path, gone)
+            shutil.rmtree(gone)
 
 
 def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int | Retention) -> Path:

@@ -199,7 +199,7 @@ class Trainer:
 
         SIGTERM, SIGUSR1 and Ctrl-C end the current step, write a checkpoint and raise `Stopped`.
         """
-        with self._signals(), contextlib.closing(self._loader()) as feed:
+        with self._signals(), contextlib.closing(self._loader()) as feed, contextlib.closing(self.saver or feed):
             figures: dict[str, float] = {}
             self._begin()
             clock, since = time.perf_counter(), self.step

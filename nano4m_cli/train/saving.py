@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nano4m_cli import dist
@@ -19,8 +19,9 @@ from nano4m_cli.data._atomic import sync_folder
 from nano4m_cli.errors import CheckpointError, DataError, Nano4MError
 from nano4m_cli.train import checkpoint
 from nano4m_cli.train.config import TrainConfig
-from nano4m_cli.train.sharding import is_shared, local, rows_of
+from nano4m_cli.train.sharding import Piece, is_shared, piece
 
+Pieces = dict[str, dict[str, Piece]]  # by part and name
 POLL = 0.05  # seconds between looks for what other ranks write
 
 
@@ -40,20 +41,29 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: Nano4MError | None = None
         self._done: int | None = None
+        self._over = threading.Event()
+
+    def close(self) -> None:
+        """Wait for no other rank any more: training has ended, one of them may be gone."""
+        self._over.set()
 
     def save(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         self.finish()
+        self._over.clear()
         shared = any(is_shared(t) for part in tensors.values() for t in part.values())
         if not shared and dist.rank():
             tensors = {}
         aside = self._begin(step) if shared else None
-        if self.c.save_async:
-            tensors = {p: {k: _copied(t) for k, t in part.items()} for p, part in tensors.items()}
-            self._thread = threading.Thread(target=self._catch, args=(step, tensors, state, aside), name="save")
+        later = self.c.save_async
+        pieces = {p: {k: piece(t, copy=later) for k, t in part.items()} for p, part in tensors.items()}
+        if later:
+            self._thread = threading.Thread(target=self._catch, args=(step, pieces, state, aside), name="save")
             self._thread.start()
         else:
             with dist.together():  # whoever left earlier could end the job that writes
-                self._write(step, tensors, state, aside)
+                self._write(step, pieces, state, aside)
+            with dist.together():
+                self._complete(step, state, aside)
             self._done = step
         self.poll()
 
@@ -76,19 +86,25 @@ class Saver:
                 raise error
         self.poll()
 
-    def _catch(self, step: int, tensors: dict, state: dict, aside: Path | None) -> None:
+    def _catch(self, step: int, pieces: Pieces, state: dict, aside: Path | None) -> None:
         try:
-            self._write(step, tensors, state, aside)
+            self._write(step, pieces, state, aside)
+            self._complete(step, state, aside)
             self._done = step
         except Nano4MError as err:
             self._error = err
+            if aside is not None:
+                with contextlib.suppress(OSError):  # on a full disk there is often room for a name
+                    _told(aside, dist.rank()).with_suffix(".failed").touch()
         except Exception as err:  # a thread has nobody to raise to
             self._error = CheckpointError(f"checkpoint at step {step} was not written: {type(err).__name__}: {err}")
 
-    def _write(self, step: int, tensors: dict, state: dict, aside: Path | None) -> None:
+    def _write(self, step: int, pieces: Pieces, state: dict, aside: Path | None) -> None:
+        """Write what this rank writes: all of it (rank 0), or its shard."""
         if aside is not None:
-            self._write_shards(step, tensors, state, aside)
+            self._write_shards(step, pieces, aside)
         elif dist.rank() == 0:
+            tensors = {part: {name: p.tensor for name, p in named.items()} for part, named in pieces.items()}
             checkpoint.save(self.run, step, tensors, state, self.keep)
 
     # -- shards -------------------------------------------------------------------------------------------------------
@@ -108,43 +124,51 @@ class Saver:
                 raise CheckpointError(f"{aside} was made by rank 0 and is not here", "the workspace must be one all nodes share")
         return aside
 
-    def _write_shards(self, step: int, tensors: dict, state: dict, aside: Path) -> None:
+    def _write_shards(self, step: int, pieces: Pieces, aside: Path) -> None:
+        """Write this rank's pieces, then a note of them."""
         rank, ranks = dist.rank(), dist.ranks()
         note: dict[str, Any] = {"sha256": {}, "shards": {}}
         try:
-            for part, named in tensors.items():
+            for part, named in pieces.items():
                 file = aside / f"{part}.rank-{rank:05d}-of-{ranks:05d}.safetensors"
                 mine, about = {}, {}
-                for name, tensor in named.items():
-                    first, count = rows_of(tensor)
-                    if count is None and rank:
+                for name, p in named.items():
+                    if p.count is None and rank:
                         continue  # the same on all ranks: the first one's
-                    mine[name] = local(tensor)
-                    about[name] = {"shape": list(tensor.shape), "piece": [file.name, first, count]}
+                    mine[name] = p.tensor
+                    about[name] = {"shape": list(p.shape), "piece": [file.name, p.first, p.count]}
                 note["sha256"][file.name] = checkpoint.write_tensors(file, mine)
                 note["shards"][part] = about
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
-            told = aside / f".rank-{rank:05d}.json"
+            told = _told(aside, rank)
             told.with_suffix(".part").write_text(json.dumps(note))
             os.replace(told.with_suffix(".part"), told)
-            if rank == 0:
-                self._complete(step, state, aside)
-        except (OSError, DataError) as err:
-            reason = err if isinstance(err, DataError) else DataError(f"{aside}: {err.strerror or err}")
+        except OSError as err:
+            reason = DataError(f"cannot write {aside}: {err.strerror or err}", "free some space or check the rights")
             raise checkpoint.not_written(self.run, step, reason) from err
 
-    def _complete(self, step: int, state: dict, aside: Path) -> None:
-        """Wait until every rank has told what it wrote, then give the checkpoint its name."""
-        until = time.monotonic() + 60 * self.c.timeout
-        notes = []
-        for rank in range(dist.ranks()):
-            told = aside / f".rank-{rank:05d}.json"
-            while not told.is_file():
-                if time.monotonic() > until:
-                    raise DataError(f"rank {rank} has not written its shard within {self.c.timeout:g} min")
-                time.sleep(POLL)
-            notes.append(json.loads(told.read_text()))
+    def _complete(self, step: int, state: dict, aside: Path | None) -> None:
+        """Rank 0: wait until every rank has noted what it wrote, then give the checkpoint its name."""
+        if aside is None or dist.rank():
+            return
+        try:
+            self._name(step, state, aside, [self._note(aside, rank) for rank in range(dist.ranks())])
+        except (OSError, DataError) as err:
+            reason = err if isinstance(err, DataError) else DataError(f"cannot write {aside}: {err.strerror or err}")
+            raise checkpoint.not_written(self.run, step, reason) from err
+
+    def _note(self, aside: Path, rank: int) -> dict[str, Any]:
+        told, until = _told(aside, rank), time.monotonic() + 60 * self.c.timeout
+        while not told.is_file():
+            if told.with_suffix(".failed").exists() or self._over.is_set():
+                raise DataError(f"rank {rank} has not written its shard")
+            if time.monotonic() > until:
+                raise DataError(f"rank {rank} has not written its shard within {self.c.timeout:g} min")
+            time.sleep(POLL)
+        return json.loads(told.read_text())
+
+    def _name(self, step: int, state: dict, aside: Path, notes: list[dict[str, Any]]) -> None:
         hashes: dict[str, str] = {}
         shards: dict[str, Any] = {}
         for note in notes:
@@ -157,8 +181,8 @@ class Saver:
         checkpoint.write_state(aside, step, hashes, {**state, "shards": shards})
         with open(aside / "state.json", "rb") as handle:
             os.fsync(handle.fileno())
-        for rank in range(dist.ranks()):
-            (aside / f".rank-{rank:05d}.json").unlink()
+        for rank in range(len(notes)):
+            _told(aside, rank).unlink()
         sync_folder(aside)
         path = checkpoint.step_folder(self.run, step)
         shutil.rmtree(path, ignore_errors=True)
@@ -167,7 +191,6 @@ class Saver:
         checkpoint.prune(self.run, self.keep)
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    """Return a copy in host memory that later steps do not change (of a shared tensor, with its place)."""
-    with torch.no_grad():
-        return tensor.detach().clone() if is_shared(tensor) else tensor.detach().to("cpu", copy=True)
+def _told(aside: Path, rank: int) -> Path:
+    """Return the file in which a rank notes what it has written."""
+    return aside / f".rank-{rank:05d}.json"

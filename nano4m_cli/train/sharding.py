@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as td
 from torch import Tensor
@@ -33,6 +35,22 @@ def rows_of(tensor: Tensor) -> tuple[int, int | None]:
     held = local(tensor).shape[0]
     assert held == min(each, total - first), (held, each, total, first)
     return first, held
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What this rank holds of a tensor of a shape: rows from `first`, `count` of them (None: all ranks hold the same)."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    first: int
+    count: int | None
+
+
+def piece(tensor: Tensor, copy: bool = False) -> Piece:
+    """Return this rank's piece; copy: in host memory, where later steps do not change it."""
+    held = local(tensor.detach())
+    return Piece(held.to("cpu", copy=True) if copy else held, tuple(tensor.shape), *rows_of(tensor))
 
 
 def norm_over_ranks(norm: Tensor) -> Tensor:

@@ -187,10 +187,10 @@ class FourMTask:
         spare = len(own) < -(-len(parts) // self.ranks)
         return self._parts(data, index, Key(0, "val-mask", index), lambda tokens_B: own + [index[:1]] * spare), spare
 
-    def _own(self, step: int) -> np.ndarray:
-        """Return this rank's samples of a step."""
+    def _own(self, step: int, planned: bool = False) -> np.ndarray:
+        """Return this rank's samples of a step; planned: without looking whether they can be read (which may take for ever)."""
         counter = self._counters(step)
-        index, _ = self._readable(step)
+        index = self.order.at(counter) if planned else self._readable(step)[0]
         if self.ranks > 1:
             shown, asked = self.mixture.draw(self.train.lengths(index), Key(self.config.seed, "mask", counter))
             index = index[deal(shown.sum(1) + asked.sum(1), self.ranks)[self.rank]]
@@ -203,7 +203,7 @@ class FourMTask:
     def places(self, step: int) -> list[str]:
         """Return the keys of this rank's samples of a step, by the shards that they lie in."""
         by_shard: dict[str, list[str]] = {}
-        for i in self._own(step).tolist():
+        for i in self._own(step, planned=True).tolist():
             shard, place = self.train.split.locate(i)
             by_shard.setdefault(str(shard.path), []).append(shard.keys[place])
         return [f"{path}: {', '.join(keys)}" for path, keys in by_shard.items()]

@@ -5,7 +5,8 @@
 The reference configuration (`_reference.py`) at another size, fp32, over gloo. In each round rank 0 trains alone while the others
 wait; then each trains alone at the same time, which is all that the machine gives; then they train together. The figures are
 samples/s of all processes over so many times those of the one: `efficiency` of training together, `machine_share` of each on its
-own, and their quotient `kept`, what sending and waiting leaves.
+own, and their quotient `kept`, what sending and waiting leaves. `longest_of_8` is what the fullest of eight ranks has to do over
+the mean, in tokens, as samples are dealt; `longest_of_8_in_order` as they come.
 """
 
 import argparse
@@ -18,14 +19,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from _figures import figure, show
 from _reference import make_tokens, reference_config
 
 from nano4m_cli import dist
 from nano4m_cli.data.workspace import Workspace
+from nano4m_cli.masking._base import Key
 from nano4m_cli.train.loop import Trainer
 from nano4m_cli.train.run import prepare
+from nano4m_cli.train.tasks import deal
 
 PHASES = ("one", "side_by_side", "together")
 
@@ -49,6 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_tokens(Path(folder), 512)
         rounds = launch(args.processes, Path(folder))
+        dealt, in_order = loads(Workspace(Path(folder)), 8, args.batch)
     n = args.processes
     share = lambda what: [r["one"] / r[what] for r in rounds]  # noqa: E731 (as many samples per process: time tells)
     figures = [
@@ -56,8 +61,23 @@ def main() -> None:
         figure("kept", [r["side_by_side"] / r["together"] for r in rounds], "of side by side"),
         figure("samples_per_s_one", [args.batch * args.steps / r["one"] for r in rounds], "samples/s"),
         figure(f"samples_per_s_{n}", [n * args.batch * args.steps / r["together"] for r in rounds], "samples/s"),
+        figure("longest_of_8", dealt, "of the mean"), figure("longest_of_8_in_order", in_order, "of the mean"),
     ]
     show("ddp", figures, args.json)
+
+
+def loads(workspace: Workspace, ranks: int, batch: int, steps: int = 50) -> tuple[list[float], list[float]]:
+    """Return the tokens of the fullest rank over the mean of each step, as samples are dealt and as they come."""
+    config = reference_config([f"train.batch={batch * ranks}", "model.size=d1-1w64"])
+    task, out = prepare(config, workspace).task, ([], [])
+    for step in range(steps):
+        counter = np.arange(step * batch * ranks, (step + 1) * batch * ranks)
+        shown, asked = task.mixture.draw(task.train.lengths(task.order.at(counter)), Key(config.seed, "mask", counter))
+        tokens = shown.sum(1) + asked.sum(1)
+        for kept, parts in zip(out, (deal(tokens, ranks), np.array_split(np.arange(len(tokens)), ranks)), strict=True):
+            sums = [tokens[p].sum() for p in parts]
+            kept.append(float(max(sums) / np.mean(sums)))
+    return out
 
 
 def launch(processes: int, folder: Path) -> list[dict[str, float]]:
