@@ -10,6 +10,7 @@ was never killed. Any difference is an error and exit code 1.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from _figures import figure, show
 from _reference import make_tokens
 
 SETTINGS = [
-    "data.modalities=[rgb,depth,normal,audio,caption]", "model.size=d1-1w32", "train.batch=8", "train.precision=fp32",
+    "data.modalities=[rgb,depth,normal,audio,caption]", "model.size=d1-1w32", "model.head_width=32", "train.batch=8", "train.precision=fp32",
     "train.optimizer=muon", "train.ema=0.99", "train.log_every=1", "train.checkpoint_every=10", "train.val_every=50",
     "train.val_samples=16", "train.keep=2", "masking.components=[{type: dirichlet, input: [16, 64], target: [16, 64]}]",
 ]
@@ -63,7 +64,9 @@ def run(root: Path, args: argparse.Namespace) -> list[dict]:
         time.sleep(moments.uniform(0.0, 0.5))
         if child.poll() is not None:
             raise SystemExit(f"the run ended before kill {len(killed_at) + 1}: give more --steps")
-        os.killpg(child.pid, signal.SIGKILL)
+        for pid in family(child.pid):  # torchrun gives its workers sessions of their own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         child.communicate()
         at, saved = logged(root, "killed"), newest(root, "killed")
         killed_at.append(saved)
@@ -86,11 +89,19 @@ def start(root: Path, name: str, args: argparse.Namespace) -> subprocess.Popen:
     if args.processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}", "--max-restarts=0"]
     command = [*launch, "-m", "nano4m_cli", "train", "tiny.yaml", *SETTINGS, f"name={name}", f"train.steps={args.steps}"]
-    # Rank processes leave torchrun's session, but not its process group of one start.
     return subprocess.Popen(
         [*command, "--resume", "--device", "cpu"], cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1", "NANO4M_ROOT": str(root)},
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )
+
+
+def family(pid: int) -> list[int]:
+    """Return a process and all that descend from it, the oldest last (Linux)."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        children = []
+    return [p for child in children for p in family(int(child))] + [pid]
 
 
 def finish(root: Path, name: str, args: argparse.Namespace) -> None:
