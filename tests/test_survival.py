@@ -1,4 +1,4 @@
-"""What a run survives besides the signals of test_train and the jobs of test_slurm: processes killed at any instant, under torchrun."""
+"""Processes killed at any instant under torchrun (signals: test_train; jobs: test_slurm), and the arithmetic of the scaling bench."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ def test_three_kills_of_two_processes_leave_no_trace():
 
 
 def test_the_scaling_bench_counts_right():
-    """The simulation of shards finds no overlap and no omission, the cost model is the formula, and Young's interval is near the best."""
+    """Shards: no overlap, no omission. Cost: the formula. Failures: Young's interval is near the best."""
     sys.path.insert(0, str(BENCH))
     try:
         import scaling

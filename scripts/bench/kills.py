@@ -25,7 +25,8 @@ from _figures import figure, show
 from _reference import make_tokens
 
 SETTINGS = [
-    "data.modalities=[rgb,depth,normal,audio,caption]", "model.size=d1-1w32", "model.head_width=32", "train.batch=8", "train.precision=fp32",
+    "data.modalities=[rgb,depth,normal,audio,caption]",
+    "model.size=d1-1w32", "model.head_width=32", "train.batch=8", "train.precision=fp32",
     "train.optimizer=muon", "train.ema=0.99", "train.log_every=1", "train.checkpoint_every=10", "train.val_every=50",
     "train.val_samples=16", "train.keep=2", "masking.components=[{type: dirichlet, input: [16, 64], target: [16, 64]}]",
 ]

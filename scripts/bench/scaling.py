@@ -4,11 +4,11 @@
 
 Tables of docs/SCALING.md. Nothing is measured here: the constants below are stated, and a reader who has others sets them.
 
-1. Cost: FLOPs of a step from the formula in docs (forward x 3), time on so many GPUs from the peak and an assumed utilisation, bytes
-   of a ring all-reduce against the part of the step it can hide behind, tokens and bytes per second that the loader must bring,
-   size of a checkpoint and the time to write it.
-2. Shards: `StreamOrder`, the one that training uses, over 10 million samples in shards of unequal size and 1,024 workers: samples per
-   worker (balance), in two workers (overlap), in none (omission), over an epoch; and shards that more than one worker fetches.
+1. Cost: FLOPs of a step (forward x 3), time on so many GPUs from the peak and an assumed utilisation, bytes of a ring all-reduce
+   against the part of the step it can hide behind, tokens and bytes per second that the loader must bring, size of a checkpoint
+   and the time to write it.
+2. Shards: `StreamOrder`, the one that training uses, over 10 million samples in shards of unequal size and 1,024 workers: samples
+   per worker (balance), in two workers (overlap), in none (omission), over an epoch; and how many workers fetch a shard.
 3. Failures: steps lost against the checkpoint interval, by simulation of failures at random moments, beside Young's and Daly's
    formulas for the best interval.
 """
@@ -120,7 +120,8 @@ def daly(save: float, mtbf: float) -> float:
 
 
 def table(head: list[str], rows: list[list]) -> None:
-    text = [[f"{c:.3g}" if isinstance(c, float) and c < 1e4 else f"{c:,.0f}" if isinstance(c, float) else str(c) for c in r] for r in rows]
+    shown = lambda c: str(c) if not isinstance(c, float) else f"{c:,.0f}" if c >= 100 else f"{c:.3g}"  # noqa: E731
+    text = [[shown(c) for c in row] for row in rows]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for row in text:
         print("| " + " | ".join(row) + " |")
@@ -137,8 +138,9 @@ def main() -> None:
     for name, (layers, width) in SIZES.items():
         for gpus in GPUS:
             c = cost(layers, width, gpus)
+            kinds = ("samples_per_s", "loader_MB_per_s", "state_GB", "state_GB_fsdp", "checkpoint_GB", "save_s")
             rows.append([name, f"d{layers}-{layers}w{width}", c["parameters"] / 1e6, gpus, c["step_s"], f"{c['efficiency']:.0%}",
-                         c["samples_per_s"], c["loader_MB_per_s"], c["state_GB"], c["state_GB_fsdp"], c["checkpoint_GB"], c["save_s"]])
+                         *(c[k] for k in kinds)])
             figures.append(figure(f"efficiency_{name.replace(' ', '')}_{gpus}", [c["efficiency"]], "of compute alone"))
     spread = assignment(samples, workers)
     figures += [figure(k, [v], "count") for k, v in spread.items()]
@@ -152,8 +154,8 @@ def main() -> None:
     if args.json:
         document("scaling", figures)
         return
-    table(["size", "layers, width", "M parameters", "GPUs", "s/step", "efficiency", "samples/s", "loader MB/s", "state GB", "state GB, FSDP",
-           "checkpoint GB", "s to save"], rows)
+    table(["size", "layers, width", "M parameters", "GPUs", "s/step", "efficiency", "samples/s", "loader MB/s", "state GB",
+           "state GB, FSDP", "checkpoint GB", "s to save"], rows)
     table(list(spread), [[int(v) if v == int(v) else v for v in spread.values()]])
     table(["GPUs", "h between failures", "s to save", "Young, min", "Daly, min", "lost at 0.1x", "0.3x", "1x", "3x", "10x"], losses)
 
