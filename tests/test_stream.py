@@ -181,7 +181,7 @@ def test_lanes_that_do_not_divide():
     with pytest.raises(ConfigError) as caught:
         StreamOrder(SIZES, 0, 12, 4).rows(0, 3)
     assert "3, 6, 12" in caught.value.hint
-    assert StreamOrder([100] * 3, 0, 64).lanes == 2 and StreamOrder([100] * 300, 0, 48).lanes == 16
+    assert StreamOrder([100] * 3, 0, 64).lanes == 2 and StreamOrder([100] * 300, 0, 48).lanes == 8
 
 
 # -- data -------------------------------------------------------------------------------------------------------------

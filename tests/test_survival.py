@@ -1,4 +1,4 @@
-"""Processes killed at any instant under torchrun (signals: test_train; jobs: test_slurm), and the arithmetic of the scaling bench."""
+"""Processes killed at any instant under torchrun (signals: test_train; jobs: test_slurm); arithmetic of the scaling bench."""
 
 import json
 import subprocess

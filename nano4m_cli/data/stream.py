@@ -15,6 +15,7 @@ import contextlib
 import json
 import mmap
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from nano4m_cli.errors import DataError, FetchError, Nano4MError, ShardError
 
 MANIFEST, REMOTE, FORMAT = "manifest.json", "remote.json", 1
 AT_ONCE = 4  # transfers of one process
+ASK_AGAIN = 60.0  # seconds after which a shard that is due soon is looked for again: it may have been thrown out
 
 
 # -- publishing and opening -------------------------------------------------------------------------------------------
@@ -149,11 +151,11 @@ class RemoteSplit(Split):
         self.shards = [RemoteShard(folder / k.rsplit("/", 1)[1], f) for k, f in zip(names, files, strict=True)]
         self.starts = np.cumsum([0] + [len(s) for s in self.shards])
         self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
-        self._coming: set[int] = set()
+        self._asked: dict[int, float] = {}  # when each was last asked for by `soon`
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:  # to loader processes: maps and threads are each one's own
-        return {**self.__dict__, "_maps": OrderedDict(), "_coming": set(), "_pool": None}
+        return {**self.__dict__, "_maps": OrderedDict(), "_asked": {}, "_pool": None}
 
     def read(self, i: int, member: str) -> bytes:
         shard, j = self.locate(i)
@@ -189,20 +191,19 @@ class RemoteSplit(Split):
 
     def soon(self, wanted: Sequence[int]) -> None:
         """Fetch shards that will be read next; what goes wrong is told when they are."""
+        now = time.monotonic()
         for s in wanted:
-            if s not in self._coming and s not in self._maps:
-                self._coming.add(s)
+            if s not in self._maps and now - self._asked.get(s, -ASK_AGAIN) >= ASK_AGAIN:
+                self._asked[s] = now
                 self._threads().submit(self._quietly, s)
 
     def _quietly(self, s: int) -> None:
         with contextlib.suppress(Nano4MError, OSError):
             self.cache.get(self.shards[s].file)
-        self._coming.discard(s)
 
     def _threads(self) -> ThreadPoolExecutor:
         if self._pool is None or self._pool[0] != os.getpid():
             self._pool = os.getpid(), ThreadPoolExecutor(AT_ONCE, "shards")
-            self._coming, self._maps = set(), OrderedDict(self._maps)
         return self._pool[1]
 
 

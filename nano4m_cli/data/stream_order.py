@@ -21,7 +21,8 @@ class StreamOrder:
 
     Args:
         sizes: samples per shard.
-        lanes: a divisor of `batch` (None: the largest power of two that is one, up to 64 and the number of shards).
+        lanes: a divisor of `batch` (None: the largest power of two that is one, up to 8 and the number of shards). More lanes
+            need more shards at once.
         window: shards that a lane mixes at a time.
     """
 
@@ -29,7 +30,7 @@ class StreamOrder:
         self.sizes, self.seed, self.batch, self.window = np.asarray(sizes, dtype=np.int64), seed, batch, window
         self.samples = int(self.sizes.sum())
         if lanes is None:
-            lanes = gcd(batch, 64)
+            lanes = gcd(batch, 8)
             while lanes > max(1, min(len(self.sizes), self.samples)):
                 lanes //= 2
         if batch % lanes:
