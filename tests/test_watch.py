@@ -138,6 +138,27 @@ def test_a_long_wait_for_data_is_told(by_hand, tmp_path, monkeypatch):  # noqa: 
     assert status(prepared.folder).stalls == 1
 
 
+def test_a_step_that_is_taking_long_is_told_once_while_it_lasts(monkeypatch):
+    monkeypatch.setattr(watch, "FIRST", 0.2)
+    made, told, doing = Watch(torch.device("cpu"), stall=5.0), [], ["computing"]
+    with made.patrol(lambda: doing[0], told.append, 3):
+        time.sleep(1.3)
+        assert not told, "no step has begun"
+        made.begins()
+        end = time.monotonic() + 30
+        while not told and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(1.2)
+        assert len(told) == 1 and told[0].startswith("warning: rank 3: a step has taken ")
+        made.fed(1)
+        made.ends([0.0], [0.0])
+        made.begins()
+        made.fed(1)
+        while len(told) < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+    assert [line.rpartition(": ")[2] for line in told] == ["waiting for data", "computing"]
+
+
 # -- sinks ----------------------------------------------------------------------------------------------------------------
 
 

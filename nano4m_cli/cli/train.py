@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,7 +63,7 @@ def command(
     if status:
         _status(show, Workspace.at(root), config)
         return
-    try:
+    with _said_once(here.first):
         if config is None:
             raise UsageError("missing argument 'CONFIG'", "nano4m train cfgs/demo.yaml, or nano4m train --status")
         loaded = load_run_config(find_config(config), settings or [])
@@ -71,14 +73,24 @@ def command(
         if here.ranks > 1 and (export or loaded.task in ("tokenizer", "import")):
             what = "an export is written" if export else f"task: {loaded.task} runs"
             raise UsageError(f"{what} by one process, this is one of {here.ranks}", "start it without torchrun")
-    except Nano4MError as err:
-        err.said = not here.first  # every process reads the same command line
-        raise
     if export:
         _export(show, workspace, loaded, export, push)
         return
-    work = {"tokenizer": _fit_tokenizer, "import": _import}.get(loaded.task, _train)
-    work(show, workspace, loaded, resume, device, dry_run)
+    if loaded.task in ("tokenizer", "import"):
+        work = _fit_tokenizer if loaded.task == "tokenizer" else _import
+        work(show, workspace, loaded, resume, device, dry_run)
+    else:
+        _train(show, workspace, loaded, resume, device, dry_run, quiet)
+
+
+@contextlib.contextmanager
+def _said_once(first: bool) -> Iterator[None]:
+    """Let the first process alone say what is wrong with the command line, which all of them read."""
+    try:
+        yield
+    except Nano4MError as err:
+        err.said = not first
+        raise
 
 
 def find_config(given: str) -> Path:
@@ -96,13 +108,15 @@ def find_config(given: str) -> Path:
     raise ConfigError(f"no config file '{given}'", did_you_mean(str(name.with_suffix("")), known))
 
 
-def _train(show: Show, workspace: Any, config: Any, resume: bool, device: str, dry_run: bool) -> None:
+def _train(show: Show, workspace: Any, config: Any, resume: bool, device: str, dry_run: bool, quiet: bool) -> None:
     from nano4m_cli import dist
     from nano4m_cli.train.loop import Stopped
     from nano4m_cli.train.run import prepare, start
 
     stop, figures = None, {}
-    with dist.joined(pick_device(device), config.train.timeout) as own:
+    with _said_once(dist.place().first):
+        device = pick_device(device)
+    with dist.joined(device, config.train.timeout) as own:
         with dist.together():
             prepared = prepare(config, workspace)
         show.say(f"data set: {prepared.dataset.name} ({prepared.dataset.path})")
@@ -115,12 +129,22 @@ def _train(show: Show, workspace: Any, config: Any, resume: bool, device: str, d
         show.say(f"run: {prepared.config.name} ({prepared.folder}), {prepared.config.train.steps} steps on {name}{beside}")
         try:
             with show.work() as work:
-                figures = start(prepared, resume, own, work.record)
+                figures = start(prepared, resume, own, work.record if dist.rank() == 0 else _late(quiet))
         except Stopped as err:
             stop = err
     if stop is not None:
         raise stopped(stop, True) from stop
     _show_end(show, prepared.config, prepared.folder, prepared.dataset.name, figures)
+
+
+def _late(quiet: bool) -> Any:
+    """Return what takes the records of a rank that is not the first: it speaks of its own delays only."""
+
+    def record(record: Any) -> None:
+        if record.kind == "late" and not quiet:
+            typer.echo(record.note, err=True)
+
+    return record
 
 
 def _fit_tokenizer(show: Show, workspace: Any, config: Any, resume: bool, device: str, dry_run: bool) -> None:

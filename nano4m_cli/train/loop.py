@@ -67,7 +67,8 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What the loop calls back with. kind: "train", "val", "checkpoint", "stall" (whose note is a line to be shown), "done"."""
+    """What the loop calls back with. kind: "train", "val", "checkpoint", "done"; "stall" and "late", whose note is a line to be
+    shown, of a step that took long or is taking long (the latter by another thread, and on the rank that it is about)."""
 
     kind: str
     step: int
@@ -199,7 +200,11 @@ class Trainer:
 
         SIGTERM, SIGUSR1 and Ctrl-C end the current step, write a checkpoint and raise `Stopped`.
         """
-        with self._signals(), contextlib.closing(self._loader()) as feed, contextlib.closing(self.saver or feed):
+        late = lambda line: self.callback(StepRecord("late", self.step, self.c.steps, {}, line))  # noqa: E731
+        with (
+            self._signals(), contextlib.closing(self._loader()) as feed, contextlib.closing(self.saver or feed),
+            self.watch.patrol(lambda: self.parallel.doing, late, dist.rank()),
+        ):
             figures: dict[str, float] = {}
             self._begin()
             clock, since = time.perf_counter(), self.step

@@ -31,10 +31,10 @@ class Lossy(Protocol):
 
 
 class Alone:
-    """One process: the task's loss as it is. `seconds` adds up the time that forward passes take."""
+    """One process: the task's loss as it is. `seconds` adds up the time that forward passes take; `doing` is what it does now."""
 
     def __init__(self, task: Lossy):
-        self.task, self.seconds = task, 0.0
+        self.task, self.seconds, self.doing = task, 0.0, "computing"
 
     def backward(self, part: Any, autocast: Any, last: bool) -> dict[str, Tensor]:
         """Add the gradients of a part's loss; return the loss and its named figures, of this rank's share.
@@ -43,10 +43,11 @@ class Alone:
             last: whether this is the step's last part: only then are gradients sent.
         """
         with self._sending(last):
-            begin = time.perf_counter()
+            begin, self.doing = time.perf_counter(), "computing"
             with autocast:
                 loss, named = self._loss(part)
             self.seconds += time.perf_counter() - begin
+            self.doing = "computing gradients, or waiting for those of other ranks" if dist.ranks() > 1 else "computing"
             loss.backward()
         return {"loss": loss, **named}
 

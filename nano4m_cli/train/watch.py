@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import socket
 import statistics
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from nano4m_cli import dist
 MEMORY = 64  # steps whose median is the usual one
 FEW = 16  # steps before anything is unusual
 SHORTEST = 1.0  # seconds below which no step is worth a line
+LONG, FIRST = 30.0, 300.0  # seconds after which one is worth a line while it lasts; before anything is usual
 
 
 class Watch:
@@ -34,7 +37,37 @@ class Watch:
         self.recent: deque[float] = deque(maxlen=MEMORY)
         self._begin = time.perf_counter()
         self.wait = 0.0  # seconds for the data of this step
+        self.idle, self.hungry = True, False  # between steps; waiting for data
         self._reset()
+
+    @contextlib.contextmanager
+    def patrol(self, doing: Callable[[], str], tell: Callable[[str], None], rank: int) -> Iterator[None]:
+        """Tell of a step while it is taking long, once: a thread looks every second.
+
+        Args:
+            doing: says what this rank does once the step's data are there.
+        """
+        over = threading.Event()
+
+        def look() -> None:
+            told = None
+            while not over.wait(1.0):
+                begin = self._begin
+                spent = time.perf_counter() - begin
+                recent = tuple(self.recent)
+                limit = max(self.stall * statistics.median(recent), LONG) if len(recent) >= FEW else FIRST
+                if self.idle or begin == told or spent < limit:
+                    continue
+                told, what = begin, "waiting for data" if self.hungry else doing()
+                tell(f"warning: rank {rank}: a step has taken {spent:.0f} s so far: {what}")
+
+        thread = threading.Thread(target=look, name="patrol", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def _reset(self) -> None:
         self.seconds = self.waited = 0.0
@@ -43,10 +76,12 @@ class Watch:
     def begins(self) -> None:
         """A step begins, by waiting for its data."""
         self._begin = time.perf_counter()
+        self.idle, self.hungry = False, True
 
     def fed(self, tokens: int) -> None:
         """The step's data are there."""
         self.wait = time.perf_counter() - self._begin
+        self.hungry = False
         self.waited += self.wait
         self.tokens += tokens
 
@@ -57,6 +92,7 @@ class Watch:
             waits, computes: seconds that each rank waited for data, and computed its part of the loss.
         """
         seconds = time.perf_counter() - self._begin
+        self.idle = True
         self.seconds += seconds
         usual = statistics.median(self.recent) if len(self.recent) >= FEW else None
         self.recent.append(seconds)
