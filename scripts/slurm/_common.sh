@@ -30,6 +30,8 @@ if [ -z "${NANO4M_PYTHON:-}" ]; then
   [ -x "$NANO4M_PYTHON" ] || NANO4M_PYTHON=$(command -v python3 || command -v python) || die "no Python here" "set NANO4M_PYTHON or NANO4M_SETUP"
 fi
 export NANO4M_PYTHON PYTHONPATH="$NANO4M_HOME${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+# c10d warns of every connection from a node that has no name in DNS.
+export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 cd "$SLURM_SUBMIT_DIR" || die "cannot enter $SLURM_SUBMIT_DIR"
 
 # -- stopping ------------------------------------------------------------------------------------------------------------
@@ -85,7 +87,7 @@ again() {
   fi
   # A job that is being cancelled must not come back.
   state=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p' | head -n 1)
-  [ "$state" = RUNNING ] || { say "$1; the job is $state, so it is not started again"; exit 1; }
+  [ "$state" = RUNNING ] || { say "$1; the job is $state: SLURM says whether it comes back"; exit 1; }
   say "$1: back into the queue (start $((starts + 1)) to come)"
   rm -rf "$flags"
   scontrol requeue "$SLURM_JOB_ID" || die "$1, and scontrol requeue was refused" "submit the job again: it goes on where it stopped"
