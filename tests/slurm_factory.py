@@ -68,8 +68,8 @@ class Cluster:
         return wait_for(f"job {number}", ended, seconds)
 
     def processes(self, **env):
-        """Return the numbers of Python processes whose environment holds these variables (nodes share a machine)."""
-        wanted = [f"{k}={v}".encode() for k, v in env.items()]
+        """Return the numbers of this cluster's Python processes whose environment holds these variables."""
+        wanted = [f"{k}={v}".encode() for k, v in {"SLURM_CONF": self.env["SLURM_CONF"], **env}.items()]
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -107,7 +107,7 @@ def cluster():
                 pytest.skip(f"the cluster does not start here: {err}"[-600:])
             yield cluster
         finally:
-            for pid in cluster.processes(SLURM_CONF=str(folder / "slurm.conf")):
+            for pid in cluster.processes():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             cluster.script("down")

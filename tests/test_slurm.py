@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from slurm_factory import SCRIPTS, cluster, wait_for  # noqa: F401
@@ -66,6 +67,10 @@ def test_two_nodes_train_as_one_process(cluster, here):  # noqa: F811
             assert a[name] == pytest.approx(b[name], rel=2e-4), (a, b)
 
 
+def first_child(pid):
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
+
+
 def ranks_of(cluster, job, ranks=2):  # noqa: F811
     """Return the numbers of the training processes of a job, by rank, once each has shown that it trains."""
     found = [cluster.processes(SLURM_JOB_ID=job, RANK=r) for r in range(ranks)]
@@ -115,8 +120,9 @@ def test_one_run_survives_limit_preemption_and_kills(cluster, here):  # noqa: F8
     pids = trains(2)
     assert cluster.wait(urgent) == ["COMPLETED"]
     saved = {p.name for p in (here / "runs" / "hurt" / "checkpoints").iterdir()}
-    daemon = cluster.call("pgrep", "-f", "slurmd -D -N worker2").split()  # nothing comes of this one
-    os.kill(int(daemon[-1]), signal.SIGKILL)
+    daemon = (cluster.folder / "pid" / "slurmd-worker2.own").read_text()  # its number among the node's processes
+    inside = (cluster.folder / "pid" / "worker2").read_text().split()[0]
+    cluster.call("nsenter", "--target", first_child(inside), "--pid", "--mount", "kill", "-KILL", daemon)  # nothing comes of it
     go_on(pids)
     wait_for("another checkpoint", lambda: {p.name for p in (here / "runs" / "hurt" / "checkpoints").glob("step-*")} - saved)
     if (pids := ranks_of(cluster, job)) is not None:

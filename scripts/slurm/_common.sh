@@ -54,11 +54,12 @@ asked_to_stop() {
   ( trap '' USR1
     trap - TERM
     while kill -0 $$ 2>/dev/null; do
-      scancel --quiet --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null
+      timeout 4 scancel --quiet --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null # tries for a minute otherwise
       sleep "${NANO4M_RESEND:-10}"
     done ) &
   resend=$!
 }
+trap '[ -z "$resend" ] || kill -KILL "$resend" 2>/dev/null' EXIT
 trap 'asked_to_stop USR1' USR1
 trap 'asked_to_stop TERM' TERM
 
