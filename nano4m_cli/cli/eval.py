@@ -9,6 +9,7 @@ import typer
 from nano4m_cli.cli._options import Device, Json, Quiet, Root, names
 from nano4m_cli.cli._probing import list_probes, run_probes
 from nano4m_cli.cli._show import Show
+from nano4m_cli.errors import UsageError
 
 
 def command(
@@ -22,6 +23,9 @@ def command(
     run: Annotated[str | None, typer.Option("--run", metavar="RUN", help="Default: the newest run.")] = None,
     split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Default: test.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="At most N samples.")] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Run no probe: gallery and report of the results that are there, e.g. of several jobs.")
+    ] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the probes.")] = False,
     device: Device = "auto",
     as_json: Json = False,
@@ -33,6 +37,7 @@ def command(
     \b
     nano4m eval
     nano4m eval --probe retrieval --limit 200
+    nano4m eval --report
     nano4m eval --probe decoding decoding.direction="caption->rgb"
 
     --json: {run, report, files, skipped: {PROBE: reason}, results: [{probe, title, metrics: [{name, value, n, ci95,
@@ -42,4 +47,6 @@ def command(
     if list_:
         list_probes(show, "eval")
     else:
-        run_probes(show, "eval", root, run, names(probe), split, limit, device, settings or [])
+        if report and (probe or settings):
+            raise UsageError("--report runs no probe", "leave --probe and settings out")
+        run_probes(show, "eval", root, run, names(probe), split, limit, device, settings or [], report)
