@@ -9,11 +9,11 @@ import numpy as np
 from nano4m_cli.modalities.audio import RATE
 from nano4m_cli.tokenizers.fsq_mel import Tokenizer as Mel
 
-HOP, FRAME = RATE // 200, RATE // 100  # samples: energy every 5 ms, over 10 ms
+HOP, FRAME = RATE // 200, RATE // 50  # samples: energy every 5 ms, over 20 ms
 FLOOR = 1e-6  # of power: -60 dB under full scale
 RISE = np.log(4.0)  # a note begins where power rises by 6 dB within `AGO` hops
-AGO = 3
-LISTEN, LATE = 0.10, 0.01  # seconds of a note that its pitch is read from, and after its onset
+AGO = 5
+LISTEN, LATE = 0.06, 0.005  # seconds of a note that its pitch is read from, and after its onset
 LOWEST, HIGHEST = 150.0, 1000.0  # Hz: where a fundamental is looked for
 
 

@@ -54,7 +54,7 @@ def compare(workspace: Workspace, names: Sequence[str], probes: Sequence[str] = 
     pairs = _corrected(pairs, paths[0].name)
     groups, spreads = _groups(runs, found)
     made = Comparison(
-        data=first.result.data, split=first.result.split, samples=int(first.about["samples"]), base=paths[0].name, runs=runs,
+        data=first.result.data, split=first.result.split, samples=first.about["samples"], base=paths[0].name, runs=runs,
         pairs=pairs, groups=groups, spreads=spreads, notes=[
             *notes,
             "difference: other less base, 95 % bootstrap interval over the same samples; effect: Cohen's d of paired samples; p: "
@@ -129,7 +129,7 @@ def _same(base: str, name: str, probe: str, a: Found, b: Found) -> None:
 def _other_question(a: Found, b: Found, probe: str, metric: str) -> str | None:
     """Return why a figure of two runs does not compare, or None."""
     target = metric.rpartition("/")[0].rpartition("->")[2]
-    ids = [json.loads(x.about.get("tokens", "{}")).get(target) for x in (a, b)]
+    ids = [x.about.get("tokens", {}).get(target) for x in (a, b)]
     if (probe in PER_TOKEN or metric.rpartition("/")[2] in TOKENS) and ids[0] != ids[1]:
         return f"tokens of {target} are of different tokenizers"
     x, y = a.pair(metric), b.pair(metric)

@@ -97,7 +97,7 @@ class Found:
     """The results of one probe of one run, with the values per sample and what they are of."""
 
     result: Result
-    about: dict[str, str]
+    about: dict[str, Any]
     values: dict[str, np.ndarray]
 
     def metrics(self) -> dict[str, Metric]:
@@ -124,7 +124,7 @@ def results(run: Path, probes: Sequence[str]) -> dict[str, Found]:
         try:
             result = build(Result, json.loads(path.read_text()), str(path))
             with safe_open(beside, "np") as file:
-                about = dict(file.metadata() or {})
+                about = json.loads((file.metadata() or {}).get("about", "{}"))
             values = load(beside.read_bytes())
         except (OSError, ValueError, SafetensorError) as err:
             raise DataError(f"{path} or the values beside it cannot be read: {err}", again(name)) from err

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
@@ -123,21 +124,21 @@ def _write_samples(context: Context, metrics: Sequence[Metric], path: Path) -> P
         if m.per_sample is not None and m.setting is None:
             values, weights = m.per_sample
             tensors[m.name], tensors[f"{m.name}/weight"] = (np.ascontiguousarray(x, np.float64) for x in (values, weights))
-    about = {"data": context.dataset.name, "split": context.split, "samples": str(context.n), "seed": str(context.seed),
+    about = {"data": context.dataset.name, "split": context.split, "samples": context.n, "seed": context.seed,
              "checkpoint": context.run.checkpoint.name, **fingerprint(context)}
     with atomic_file(path) as file:
-        file.write(save(tensors, metadata=about))
+        file.write(save(tensors, metadata={"about": json.dumps(about)}))  # one entry: of several, their order is not kept
     return path
 
 
-def fingerprint(context: Context) -> dict[str, str]:
-    """Return hashes by which two results are known to be of the same samples: of the data set's making and of the keys; and as
-    JSON per modality of what its ids mean, without which likelihoods do not compare."""
+def fingerprint(context: Context) -> dict[str, Any]:
+    """Return hashes by which two results are known to be of the same samples: of the data set's making and of the keys; and per
+    modality of what its ids mean, without which likelihoods do not compare."""
     info = context.info
     short = lambda x: hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:16]  # noqa: E731
     ids = {s.modality: short(s.model_dump(mode="json", include={"kind", "shape", "vocab_size", "levels", "eos"})
                              | {"weights": s.tokenizer.weights_sha256}) for s in context.layout.specs}
-    return {"made": short([info.source, info.version, info.options]), "tokens": json.dumps(ids, sort_keys=True),
+    return {"made": short([info.source, info.version, info.options]), "tokens": ids,
             "keys": short([context.tokens.key(i) for i in range(context.n)])}
 
 

@@ -55,8 +55,9 @@ class Probe(Base):
             share = lambda of, what: float(of[what][0].sum() / of[what][1].sum())  # noqa: E731
             for what, (right, there) in fields.score([fields.reader.read(c) for c in made]).items():
                 metrics.append(mean_metric(
-                    f"{name}/{what}", right / np.maximum(there, 1), there, chance=share(chance, what), majority=share(base, what),
+                    f"{name}/{what}", right / np.maximum(there, 1), there, majority=share(base, what),
                     reference=share(reference, what), ceiling=fields.ceiling(source, what),
+                    chance=None if what == "objects_acc" else share(chance, what),  # their number is told to chance
                 ))
         return Findings(metrics, [
             "chrf: mean of each caption's chrF (Popovic 2015); bleu: of the corpus, four words, not smoothed, lower case, against "

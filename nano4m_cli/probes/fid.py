@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from safetensors.torch import save
@@ -15,6 +17,7 @@ from nano4m_cli.probes._judges import JUDGED, Judge, open_judge
 from nano4m_cli.probes._result import Findings, Metric
 
 KIND = "eval"
+TRAIN = 500  # real samples that features are scaled by
 FEWEST = 8  # samples: with less there is no half to speak of
 DISTANCES = {"rgb": {"fid": frechet, "kid": kernel_mmd}, "audio": {"fad": frechet, "kad": kernel_mmd}}
 
@@ -30,8 +33,9 @@ class Probe(Base):
         for target in able(context):
             judge = open_judge(context.dataset, target, context.progress)
             n = heard(context, target)
-            real = judge.features(context.raw(target)[:n])
-            copied = judge.features(context.round_trip(target, n))
+            see = scaled(context, judge, target)
+            real = see(context.raw(target)[:n])
+            copied = see(context.round_trip(target, n))
             todo = plans(context, target)
             known = {}
             for what, distance in DISTANCES[SAME.get(target, target)].items():
@@ -41,12 +45,12 @@ class Probe(Base):
             for i, plan in enumerate(todo):
                 name = context.direction(plan, target)
                 context.progress(f"{name} as a distribution", i, len(todo))
-                made = judge.features(context.decoded(plan, [target], target, limit=n))
+                made = see(context.decoded(plan, [target], target, limit=n))
                 for what, distance in DISTANCES[SAME.get(target, target)].items():
                     reference = known["roundtrip", what].value
                     metrics.append(_metric(f"{name}/{what}_judge", made, real, distance, reference=reference))
             notes.append(f"{target}: the judge of this data set ({network(judge)}), {judge.width} features of its last hidden "
-                         f"layer; n {n}, so each distance is between {n - n // 2} and {n // 2} samples")
+                         f"layer, in deviations of real train samples; n {n}, each distance between {n - n // 2} and {n // 2}")
         return Findings(metrics, [
             "fid, fad: Frechet distance; kid, kad: squared maximum mean discrepancy, cubic kernel, unbiased; _judge names the "
             "features: distances in those of Inception, VGGish or other judges do not compare",
@@ -63,6 +67,15 @@ SAME = {"rgb_hi": "rgb"}  # distances of a modality that are those of another
 
 def able(context: Context) -> list[str]:
     return [t for t in JUDGED if t in context.names and context.info.determined.get(t) and t not in context.info.brought]
+
+
+def scaled(context: Context, judge: Judge, target: str) -> Callable[[Sequence[Any]], np.ndarray]:
+    """Return the judge's features in units of their deviation among real samples of the train split, so that figures do not
+    follow the scale of its weights; features that hardly vary there count by a tenth of the usual deviation."""
+    train = Context(context.run, context.run.config.data.train, TRAIN, 0, context.progress)
+    deviation = judge.features(train.raw(target)).std(0)
+    deviation = np.maximum(deviation, 0.1 * max(float(deviation.mean()), 1e-9))
+    return lambda raws: judge.features(raws) / deviation
 
 
 def network(judge: Judge) -> str:

@@ -40,7 +40,7 @@ class Probe(Base):
         mean = train_mean(context, "audio", lambda raws: log_mel(raws, size), 200)
         figures = lambda raws: self._figures(raws, bands, size, notes)  # noqa: E731
         own = figures(context.round_trip("audio", n))
-        best = notes.figures(truth) if notes else {}
+        best = figures(truth)
         metrics = [_metric(f"audio/true_{k}", v) for k, v in best.items()]
         metrics += [_metric(f"audio/roundtrip_{k}", v) for k, v in own.items()]
         todo = plans(context, "audio")
