@@ -73,7 +73,7 @@ def test_a_figure_against_itself():
 @pytest.mark.parametrize("kind", ["normal", "binary", "ratio"])
 def test_false_alarms_come_as_often_as_they_may_and_differences_are_found(kind):
     """Under no difference p < .05 in about a twentieth of trials, and the interval holds 0 in the others; a true one is found."""
-    rng, n, trials = RNG(0), 60, 400
+    rng, n, trials = RNG(0), 60, 250
     alarms, misses, found = 0, 0, 0
     for t in range(trials):
         common = rng.normal(size=n)
@@ -93,7 +93,7 @@ def test_false_alarms_come_as_often_as_they_may_and_differences_are_found(kind):
 
 
 def test_holm_keeps_the_chance_of_any_false_alarm():
-    rng, trials, any_alarm = RNG(1), 200, 0
+    rng, trials, any_alarm = RNG(1), 120, 0
     for _ in range(trials):
         p = [paired(ones(rng.normal(size=40)), ones(rng.normal(size=40))).p for _ in range(20)]
         any_alarm += min(holm(p)) < 0.05
