@@ -15,7 +15,8 @@ from nano4m_cli.data.workspace import Workspace
 from nano4m_cli.errors import DataError, UsageError
 from nano4m_cli.probes._comparison import About, Comparison, Figure, Found, Pair, Spread, about, results
 from nano4m_cli.probes._result import Metric
-from nano4m_cli.probes._statistics import holm, paired
+from nano4m_cli.probes._significance import holm
+from nano4m_cli.probes._statistics import paired
 from nano4m_cli.registry import PROBES
 from nano4m_cli.train import checkpoint
 
@@ -152,7 +153,7 @@ def _figure(probe: str, a: Metric, b: Metric, x: tuple | None, y: tuple | None) 
 def _corrected(pairs: list[Pair], base: str) -> list[Pair]:
     """Return the pairs with p-values corrected over all of them."""
     flat = [f for p in pairs for f in p.figures if f.p is not None]
-    corrected = dict(zip(map(id, flat), holm([f.p for f in flat]), strict=True))
+    corrected = dict(zip(map(id, flat), holm(np.array([f.p for f in flat])).tolist(), strict=True))
 
     def told(run: str, f: Figure) -> Figure:
         if f.p is None:

@@ -125,12 +125,13 @@ class Result(Config):
     settings: dict[str, str | int | float | None] = {}
 
 
-@lru_cache(maxsize=2)
-def resamples(n: int, seed: int = 0, count: int = RESAMPLES) -> np.ndarray:
-    """Return float64 (count, n): how often each of n samples is drawn in each resample of n (to be read only)."""
-    out = generator(seed, "bootstrap", n).multinomial(n, np.full(n, 1.0 / n), size=count).astype(np.float64)
-    out.flags.writeable = False
-    return out
+@lru_cache(maxsize=8)
+def resamples(n: int, seed: int = 0) -> np.ndarray:
+    """Return (RESAMPLES, n): how often each of n samples is drawn in each bootstrap resample (read only; kept, since most
+    figures of an evaluation are of the same samples)."""
+    drawn = generator(seed, "bootstrap", n).multinomial(n, np.full(n, 1.0 / n), size=RESAMPLES).astype(np.float64)
+    drawn.setflags(write=False)
+    return drawn
 
 
 def ratio_interval(top_N: np.ndarray, bottom_N: np.ndarray, seed: int = 0) -> tuple[float, tuple[float, float]]:

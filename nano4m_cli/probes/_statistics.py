@@ -1,9 +1,8 @@
-"""Paired differences: interval, effect size, p-value, and its correction for many of them."""
+"""Paired differences: interval, effect size, p-value."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,12 +86,3 @@ def beta_inc(a: float, b: float, x: float) -> float:
         if abs(1.0 - c * d) < 1e-14:
             break
     return front * (total - 1.0)
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Return p-values corrected for being many (Holm 1979): the chance of any false one stays below the level."""
-    order, out, highest = np.argsort(p, kind="stable"), [0.0] * len(p), 0.0
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
-        out[i] = highest
-    return out
