@@ -248,3 +248,38 @@ def test_results_that_are_missing_or_broken(space):
     fails(run("eval", "--compare", "a", "b", *here), 1, "cannot be read")
     with pytest.raises(UsageError, match="two runs"):
         compare(space, ["a"])
+
+
+# -- the published table ----------------------------------------------------------------------------------------------
+
+
+def test_the_published_table_takes_each_figure_from_its_probe(tmp_path):
+    import importlib.util
+    from pathlib import Path
+
+    place = Path(__file__).parents[1] / "scripts" / "published_table.py"
+    spec = importlib.util.spec_from_file_location("published_table", place)
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules["published_table"] = module
+    spec.loader.exec_module(module)
+    (tmp_path / "eval").mkdir()
+
+    def write(probe, **metrics):
+        found = [{"name": n, "value": v, "n": k, "ci95": [v / 2, v * 2], "chance": 0.1, "majority": None, "ceiling": None}
+                 for n, (v, k) in metrics.items()]
+        (tmp_path / "eval" / f"{probe}.json").write_text(json.dumps({"data": "d", "split": "test", "metrics": found}))
+
+    write("loss", **{"rgb/ce": (3.0, 9)})
+    write("retrieval", **{"rgb->audio/r5": (0.2, 200), "audio->rgb/r5": (0.1, 200), "rgb->caption/r5": (0.9, 50)})
+    write("crossmodal", **{"rgb->depth/token_acc": (0.25, 9), "audio->rgb/shape_acc": (0.5, 9), "audio->rgb/size_acc": (0.4, 9)})
+    rows = module.main(tmp_path)
+    by_name = {r["name"]: r for r in rows if r["name"]}
+    assert by_name["rgb->depth/token_acc"]["ours"] == 25 and by_name["rgb->depth/token_acc"]["published"] == 11.1
+    assert by_name["rgb/ce"]["ours"] == 3 and by_name["rgb/ce"]["unit"] == "nats" and by_name["rgb/ce"]["ci95"] == [1.5, 6]
+    assert by_name["rgb->audio/r5"]["ours"] == 20, "the best among as many as the published figure was"
+    assert {"audio->rgb/shape_acc", "audio->rgb/size_acc"} <= set(by_name)
+    assert next(r for r in rows if "PSNR" in r["what"])["missing"] == f"nano4m eval --run {tmp_path.name} --probe tokenizer"
+    lines = module.markdown(rows).splitlines()
+    assert len(lines) == len(rows) + 2 and len({line.count(" | ") for line in lines if "---" not in line}) == 1

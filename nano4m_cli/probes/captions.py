@@ -10,11 +10,12 @@ from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context, missing
 from nano4m_cli.probes._directions import sampled_with
 from nano4m_cli.probes._matching import Reader, Thing, best_reader, matched, told
-from nano4m_cli.probes._result import Findings, Metric, mean_metric
+from nano4m_cli.probes._result import Findings, Metric, Plot, mean_metric
 from nano4m_cli.probes._texts import bleu_counts, bleu_interval, chrf
 from nano4m_cli.rng import generator, permutation
 
 KIND = "eval"
+SHOWN = 8  # captions laid out beside the figures
 TRAIN = 400  # captions of the train split that the reader is chosen on and that stand for "any caption"
 
 
@@ -38,10 +39,12 @@ class Probe(Base):
         reference = fields.score([fields.reader.read(c) for c in own]) if fields else {}
         chance = fields.score(fields.uniform(context.seed)) if fields else {}
         metrics: list[Metric] = []
+        written = {"truth": truth[:SHOWN]}
         for i, source in enumerate(todo):
             name = context.direction([source], "caption")
             context.progress(f"captions from {source}", i, len(todo))
             made = context.decoded([source], ["caption"], "caption")
+            written[f"from {source}"] = made[:SHOWN]
             for what, values in likeness(made, truth).items():
                 metrics.append(mean_metric(f"{name}/{what}", values, majority=float(plain[what].mean()),
                                            reference=float(copied[what].mean())))
@@ -68,7 +71,9 @@ class Probe(Base):
                "chance: fields drawn uniformly for the true number of objects; majority: any caption of the train split; "
                "reference: the truth after the tokenizer's round trip, read by the same rule"] if fields else []),
             *sampled_with(context, "caption"),
-        ])
+        ], [Plot(name="examples", title="Captions as written, of the first samples", kind="table", columns=list(written),
+                 rows=[context.tokens.key(i) for i in range(len(written["truth"]))],
+                 values=[list(row) for row in zip(*written.values(), strict=True)])])
 
 
 def sources_of(context: Context) -> list[str]:

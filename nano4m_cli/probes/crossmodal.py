@@ -13,7 +13,7 @@ from nano4m_cli.probes._context import Context
 from nano4m_cli.probes._directions import estimate, heard, plans, sampled_with, train_mean
 from nano4m_cli.probes._images import absrel, angle, angle_figures, delta1, psnr, rmse, ssim
 from nano4m_cli.probes._judges import JUDGED, Judge, open_judge
-from nano4m_cli.probes._result import Findings, Metric, mean_metric
+from nano4m_cli.probes._result import Findings, Metric, Plot, mean_metric
 
 KIND = "eval"
 
@@ -53,7 +53,25 @@ class Probe(Base):
                "split's mean picture"] if "rgb" in context.names else []),
             *(["rgb_hi: psnr of the expected code values in one pass; enlarged_psnr: of rgb made larger (bicubic), which "
                "learned nothing; shrunk_psnr: of the samples made as small as rgb, to rgb"] if "rgb_hi" in context.names else []),
-        ])
+        ], self._plots(context, metrics))
+
+    def _plots(self, context: Context, metrics: list[Metric]) -> list[Plot]:
+        """Return, per judged modality, how often each attribute is named right from each source."""
+        plots = []
+        for target in JUDGED:
+            found = {}
+            for m in metrics:
+                direction, _, what = m.name.rpartition("/")
+                if direction.endswith(f"->{target}") and (what == "recognised" or what.endswith("_acc") and what != "token_acc"):
+                    found.setdefault(direction.partition("->")[0], {})[what.removesuffix("_acc")] = m.value
+            columns = list(dict.fromkeys(c for row in found.values() for c in row))
+            if found:
+                plots.append(Plot(
+                    name=f"judged_{target}", title=f"Share of objects named right in generated {target}", kind="matrix",
+                    rows=list(found), columns=columns, values=[[row.get(c) for c in columns] for row in found.values()],
+                    x="attribute", y="source",
+                ))
+        return plots
 
     def _judged(self, context: Context, target: str) -> list[Metric]:
         judge = open_judge(context.dataset, target, context.progress)
