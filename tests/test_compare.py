@@ -150,15 +150,15 @@ def test_a_run_against_its_copy(space):
     assert result.exit_code == 0, result.output
     doc = json.loads(result.stdout)
     figures = doc["pairs"][0]["figures"]
-    assert len(figures) == 16 and {f["p_holm"] for f in figures} == {1.0} and {f["difference"] for f in figures} == {0.0}
-    assert all(f["verdict"] is None and f["trained"][0] is not None or "->" not in f["name"] for f in figures)
+    assert len(figures) >= 16 and {f["p_holm"] for f in figures} == {1.0} and {f["difference"] for f in figures} == {0.0}
+    assert {f["verdict"] for f in figures} == {None} and all(f["trained"][0] is not None for f in figures if "->" in f["name"])
     assert doc["base"] == "demo" and doc["samples"] == 8 and doc["groups"] == [["demo", "twin"]]
     assert {s["name"]: s["std"] for s in doc["spreads"]}["rgb/ce"] == [0.0]
     file = space.root / "runs" / "compare-demo-vs-twin" / "compare.json"
     assert json.loads(file.read_text()) == {k: v for k, v in doc.items() if k != "file"} and doc["file"] == str(file)
     before = file.read_bytes()
     text = run("eval", "--compare", "demo,twin", "--root", space.root)
-    assert "of 16 figures 0 better and 0 worse" in text.stdout and file.read_bytes() == before
+    assert f"of {len(figures)} figures 0 better and 0 worse" in text.stdout and file.read_bytes() == before
     assert [p.name for p in space.runs() if "compare" in p.name] == [], "a comparison is no run"
 
 
