@@ -279,6 +279,14 @@ def test_captions_of_known_predictors(world):
     assert nothing["audio->caption/colour_field_acc"].value < 0.1 and nothing["audio->caption/chrf"].value < 0.3
 
 
+def test_one_class_only(tmp_path):
+    """There is nothing to choose from: chance says so, and no figure breaks."""
+    found = findings("captions", Perfect(make_world(tmp_path, classes=1, members=4))).metrics
+    assert found["rgb->caption/colour_field_acc"].value == found["rgb->caption/colour_field_acc"].chance == 1
+    gains = findings("fusion", Uniform(make_world(tmp_path / "b", classes=1, members=1))).metrics
+    assert all(m.n == 1 and m.value == pytest.approx(0) for m in gains.values())
+
+
 # -- the real path, on a run that learned nothing ------------------------------------------------------------------------
 
 

@@ -112,14 +112,15 @@ def results(run: Path, probes: Sequence[str]) -> dict[str, Found]:
     """Return the run's results by probe."""
     folder = run / "eval"
     again = lambda *p: " ".join(["nano4m eval", "--run", run.name, *(f"--probe {x}" for x in p)])  # noqa: E731
-    have = sorted(p.name.removesuffix(".samples.safetensors") for p in folder.glob("*.samples.safetensors"))
+    written = sorted(p.name.removesuffix(".samples.safetensors") for p in folder.glob("*.samples.safetensors"))
+    have = [n for n in written if n in PROBES]
     for name in probes:
         if name not in have:
             raise DataError(f"run '{run.name}' has no results of probe '{name}' with values per sample", again(name))
     if not have:
         raise DataError(f"run '{run.name}' has no results to compare", again())
     out = {}
-    for name in [n for n in have if n in PROBES and (not probes or n in probes)]:
+    for name in [n for n in have if not probes or n in probes]:
         path, beside = folder / f"{name}.json", folder / f"{name}.samples.safetensors"
         try:
             result = build(Result, json.loads(path.read_text()), str(path))
