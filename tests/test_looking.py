@@ -89,7 +89,7 @@ def test_a_model_without_queries_attends_uniformly(layout, sample):
     for part in ("encoder", "decoder"):
         for layer in layers[part]:
             np.testing.assert_allclose(layer.share, layer.uniform, atol=1e-5)
-            assert (layer.entropy.sum(1) / layer.choices).tolist() == pytest.approx([1.0] * 8, abs=1e-5)
+            assert (layer.entropy.mean(1) / layer.choices).tolist() == pytest.approx([1.0] * 8, abs=1e-5)
             (even, away) = layer.metrics("x", 4)
             assert away.value == pytest.approx(away.chance, abs=1e-5) and even.value == pytest.approx(1.0, abs=1e-5)
     # what is uniform, by counting: sample 3's encoder, from pictures to sounds

@@ -37,15 +37,14 @@ def transplant(old: TokenModel, new: TokenModel) -> Moved:
             continue
         other = before[name].to(p.device)
         if owner in tables:
+            told = torch.zeros(len(p), dtype=torch.bool)
             for m, k in alike:
                 mine, its = _ids(new, m), _ids(old, k)
                 if last == "level":
-                    rows, from_rows = _levels(tables[owner], mine), _levels(old.get_submodule(owner), its)
-                    p[rows] = other[from_rows]
-                    copied += len(rows) * p.shape[1]
-                else:
-                    p[mine] = other[its]
-                    copied += (mine.stop - mine.start) * p.shape[1]
+                    mine, its = _levels(tables[owner], mine), _levels(old.get_submodule(owner), its)
+                p[mine] = other[its]
+                told[mine] = True
+            copied += int(told.sum()) * p.shape[1]
         elif name in ("enc_modality", "dec_modality", "begin", "modality"):
             for m, k in shared:
                 p[m] = other[k]
@@ -69,6 +68,5 @@ def _ids(model: TokenModel, m: int) -> slice:
 
 
 def _levels(table: TokenTable, ids: slice) -> Tensor:
-    """Return the rows of the level table that ids use, in their order."""
-    rows = torch.unique(table.level_row[ids])
-    return rows[rows > 0]  # 0 stands for no level
+    """Return the rows of the level table that ids use, in their order (and the first one, which stands for no level)."""
+    return torch.unique(torch.cat([table.level_row.new_zeros(1), table.level_row[ids].flatten()]))

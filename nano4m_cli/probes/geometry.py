@@ -65,7 +65,7 @@ class Probe(Base):
         plots += [_curve(what, of) for what, of in curves.items()]
         return Findings(metrics, [
             f"means over the tokens of the encoder's layers; figures are of the last layer, on {min(context.n, MOST)} samples; "
-            f"intervals by leaving out one of {min(GROUPS, context.n // 2)} groups of samples after the other",
+            f"intervals by leaving out one of {min(GROUPS, context.n)} groups of samples after the other",
             "chance: the same figure of the same model before any training (of another seed)",
             *(["the modalities of a sample share their class only: alignment and cka tell of classes"]
               if context.info.pairing == "class" else []),
@@ -80,7 +80,7 @@ class Probe(Base):
 def jackknife(statistic: Statistic, x: Sequence[np.ndarray], groups: int = GROUPS) -> tuple[float, tuple[float, float]]:
     """Return (statistic of paired samples, its 95 % interval by leaving groups of samples out)."""
     whole, n = statistic(*x), len(x[0])
-    groups = min(groups, n // 2)
+    groups = min(groups, n)
     left = np.array([statistic(*(a[np.arange(n) % groups != g] for a in x)) for g in range(groups)])
     error = float(np.sqrt((groups - 1) / groups * ((left - left.mean()) ** 2).sum()))
     return whole, (whole - 1.96 * error, whole + 1.96 * error)

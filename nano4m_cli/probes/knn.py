@@ -8,7 +8,7 @@ import numpy as np
 
 from nano4m_cli.probes._features import Features, Question
 from nano4m_cli.probes._readout import Answered, Layer, Readout
-from nano4m_cli.probes.linear import accuracy
+from nano4m_cli.probes.linear import accuracy, alike
 
 KIND = "probe"
 NEIGHBOURS = (1, 5, 20, 50)
@@ -27,15 +27,16 @@ class Probe(Readout):
 def read_nearest(layer: Layer, questions: Sequence[Question]) -> dict[str, Answered]:
     """Return each question's answers by the number of neighbours that is best on the samples that settle it (of equal ones the
     largest)."""
-    mean, std = layer["fit"].mean(0, dtype=np.float64), layer["fit"].std(0, dtype=np.float64) + 1e-6
-    x, choose, score = (_unit((layer[p] - mean) / std) for p in ("fit", "choose", "score"))
-    near = {"choose": nearest(choose, x, max(NEIGHBOURS)), "score": nearest(score, x, max(NEIGHBOURS))}
     out = {}
-    for q in questions:
-        guesses = {p: votes(q.answers["fit"][order], len(q.values)) for p, order in near.items()}
-        chosen = [accuracy(q, g) for g in guesses["choose"]]
-        best = len(chosen) - 1 - int(np.argmax(chosen[::-1]))
-        out[q.name] = Answered(chosen[best], guesses["score"][best])
+    for rows, group in alike(questions):
+        mean, std = layer["fit"][rows].mean(0, dtype=np.float64), layer["fit"][rows].std(0, dtype=np.float64) + 1e-6
+        x, choose, score = (_unit((z - mean) / std) for z in (layer["fit"][rows], layer["choose"], layer["score"]))
+        near = {"choose": nearest(choose, x, max(NEIGHBOURS)), "score": nearest(score, x, max(NEIGHBOURS))}
+        for q in group:
+            guesses = {p: votes(q.answers["fit"][rows][order], len(q.values)) for p, order in near.items()}
+            chosen = [accuracy(q, g) for g in guesses["choose"]]
+            best = len(chosen) - 1 - int(np.argmax(chosen[::-1]))
+            out[q.name] = Answered(chosen[best], guesses["score"][best])
     return out
 
 
@@ -45,10 +46,9 @@ def nearest(z: np.ndarray, x: np.ndarray, most: int) -> np.ndarray:
 
 
 def votes(answer_NK: np.ndarray, classes: int, counts: Sequence[int] = NEIGHBOURS) -> list[np.ndarray]:
-    """Return for each number of neighbours the commonest answer (N,) of the first so many (-1: one has none); of equally common ones
-    that of the nearest."""
-    one_hot = np.eye(classes + 1)[answer_NK][..., :classes]  # -1 is the last row, which is cut off
-    out = []
+    """Return for each number of neighbours the commonest answer (N,) of the first so many; of equally common ones that of the
+    nearest."""
+    one_hot, out = np.eye(classes)[answer_NK], []
     for k in counts:
         vote = one_hot[:, :k].sum(1)
         first = np.where(one_hot[:, :k].any(1), one_hot[:, :k].argmax(1), k)

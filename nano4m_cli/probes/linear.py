@@ -29,7 +29,7 @@ def read_linear(layer: Layer, questions: Sequence[Question]) -> dict[str, Answer
     """Return each question's answers by the ridge classifier whose penalty is best on the samples that settle it (of equal ones
     the largest)."""
     out = {}
-    for rows, group in _alike(questions):
+    for rows, group in alike(questions):
         x = [layer["fit"][rows], layer["choose"], layer["score"]]
         y = [np.eye(len(q.values))[q.answers["fit"][rows]] for q in group]
         cut = np.cumsum([0] + [t.shape[1] for t in y])
@@ -48,7 +48,7 @@ def accuracy(q: Question, guess: np.ndarray, part: str = "choose") -> float:
     return float((guess == truth)[truth >= 0].mean()) if (truth >= 0).any() else 0.0
 
 
-def _alike(questions: Sequence[Question]):
+def alike(questions: Sequence[Question]):
     """Yield (fitted samples (n,), the questions that arise in just these)."""
     groups: dict[bytes, list[Question]] = {}
     for q in questions:

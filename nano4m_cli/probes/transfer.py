@@ -119,11 +119,12 @@ class Probe(Base):
                     curves.setdefault(m.name.partition("/")[0], {}).setdefault(m.setting["from"], []).append(m)
         moved = transplant(context.model, MODELS[config.task](config.model, train.layout))
         t, rates = config.train, ", ".join(f"x{r:g}" for r in o.rates)
+        muon = f" and muon_lr {t.muon_lr:g}" if t.optimizer == "muon" else ""
         notes = [
             f"{', '.join(context.names)} of '{context.dataset.name}' to {', '.join(names)} of '{target.name}'",
-            f"{o.steps} steps of {o.batch} samples, {t.optimizer}, {t.schedule}, weight decay {t.weight_decay:g}; learning "
-            f"rates {rates} of lr {t.lr:g}{f' and muon_lr {t.muon_lr:g}' if t.optimizer == 'muon' else ''}; rate and step by the loss "
-            f"on {min(t.val_samples, len(val))} samples of the val split, for both alike: {'; '.join(chosen)}",
+            f"{o.steps} steps of {o.batch} samples, {t.optimizer}, {t.schedule}, weight decay {t.weight_decay:g}; learning rates "
+            f"{rates} of lr {t.lr:g}{muon}; rate and step by the loss on {min(t.val_samples, len(val))} samples of the val split, "
+            f"for both alike: {'; '.join(chosen)}",
             f"masks: {json.dumps(config.masking.components)}; scored on {scored.n} samples of the test split, masks of fixed seed",
             f"{moved.copied:,} parameters begin as the run's, {moved.drawn:,} are drawn; the run's own tables serve "
             f"{', '.join(moved.known) or 'no modality'} (where ids mean the same)",
