@@ -37,11 +37,11 @@ def transplant(old: TokenModel, new: TokenModel) -> Moved:
             continue
         other = before[name].to(p.device)
         if owner in tables:
-            told = torch.zeros(len(p), dtype=torch.bool)
+            told = torch.zeros(len(p), dtype=torch.bool, device=p.device)
             for m, k in alike:
                 mine, its = _ids(new, m), _ids(old, k)
                 if last == "level":
-                    mine, its = _levels(tables[owner], mine), _levels(old.get_submodule(owner), its)
+                    mine, its = _levels(tables[owner], mine), _levels(old.get_submodule(owner), its).to(p.device)
                 p[mine] = other[its]
                 told[mine] = True
             copied += int(told.sum()) * p.shape[1]
