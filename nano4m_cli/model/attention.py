@@ -6,12 +6,15 @@ to rounding (tested):
     padded   rows padded inside this call, plain matrix products and softmax: quickest on a CPU at small widths.
     sdpa     rows padded inside this call, torch's scaled_dot_product_attention.
     loop     one row at a time: nothing padded; wins at large widths on a CPU.
+    varlen   rows as they lie, nothing padded: torch's varlen_attn (Flash), on CUDA in half precision, without blocks.
+    auto     the quickest of these for the device, precision and width at hand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -20,10 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nano4m_cli.errors import ConfigError
 from nano4m_cli.model.batch import Ragged
 
-BACKENDS = ("padded", "sdpa", "loop")
+BACKENDS = ("padded", "sdpa", "loop")  # that any device has
+LOOP_WIDTH = 512  # from this width on rows one by one pay on a CPU (scripts/bench/attention.py)
 GROUPS, MIN_ROWS = 3, 12  # rows are padded in so many groups of at least so many (scripts/bench/attention.py)
+HALF = (torch.bfloat16, torch.float16)
 NEVER = -1e9  # finite, so that a row without keys gives zeros (its values are padding), not NaN
 
 
@@ -41,6 +47,23 @@ class Group:
     bias: Tensor
 
 
+@dataclass(frozen=True)
+class Segment:
+    """Rows that one call of varlen attention takes.
+
+    q, k: (Tq,), (Tk,) places of their tokens in the packed tensors (None: all, in order). q_ends, k_ends: (rows + 1,) int32,
+    where each row begins and the last one ends. q_width, k_width: no row is longer. causal: whether all are.
+    """
+
+    q: Tensor | None
+    k: Tensor | None
+    q_ends: Tensor
+    k_ends: Tensor
+    q_width: int
+    k_width: int
+    causal: bool
+
+
 class Mask:
     """Which keys a query may see: keys of its own row and, where the row is causal, none after it; of blocks, none of a
     later block.
@@ -56,8 +79,34 @@ class Mask:
     ):
         self.q, self.k, self.k_row, self.causal, self.block = q, k, k_row, causal, block
         assert block is None or q is k
-        self.groups = [self._group(rows) for rows in self._rows()]
         self._cache: dict[tuple, Tensor] = {}
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        return [self._group(rows) for rows in self._rows()]
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        assert self.block is None
+        if self.causal is None:
+            return [self._segment(None, False)]
+        kinds = ((self.causal, True), (~self.causal, False))
+        return [self._segment(rows, causal) for rows, causal in kinds if bool(rows.any())]
+
+    def _segment(self, rows: Tensor | None, causal: bool) -> Segment:
+        """Return a segment of all rows, or of those where `rows` (q.rows,) is true."""
+        def side(r: Ragged, chosen: Tensor | None) -> tuple[Tensor | None, Tensor]:
+            lengths = r.lengths if chosen is None else r.lengths[chosen]
+            ends = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+            if chosen is None:
+                return None, ends
+            first = (r.lengths.cumsum(0) - r.lengths)[chosen] - ends[:-1]
+            return torch.repeat_interleave(first, lengths) + torch.arange(int(ends[-1]), device=ends.device), ends
+
+        chosen = None if rows is None else rows.nonzero().squeeze(1)
+        looks = chosen if self.k_row is None else self.k_row if chosen is None else self.k_row[chosen]
+        (q, q_ends), (k, k_ends) = side(self.q, chosen), side(self.k, looks)
+        return Segment(q, k, q_ends, k_ends, self.q.width, self.k.width, causal)
 
     def _rows(self) -> list[Tensor | None]:
         """Return rows in up to `GROUPS` groups by length, so that short rows are not padded to the longest."""
@@ -118,8 +167,22 @@ class Mask:
         return self._cache[key]
 
 
-def attend(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask, backend: str = "padded") -> Tensor:
-    """Return (Tq, D): softmax(q k / sqrt(head width)) v within the rows of `mask`; q (Tq, D), k and v (Tk, D)."""
+def best_backend(device: str, dtype: torch.dtype, width: int, blocks: bool = False) -> str:
+    """Return what "auto" stands for. device: "cpu" or "cuda". blocks: whether the mask has some."""
+    if device == "cuda":
+        return "varlen" if dtype in HALF and not blocks else "sdpa"
+    return "loop" if width >= LOOP_WIDTH else "padded"
+
+
+def attend(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask, backend: str = "auto") -> Tensor:
+    """Return (Tq, D): softmax(q k / sqrt(head width)) v within the rows of `mask`; q (Tq, D), k and v (Tk, D).
+
+    Raises: ConfigError where the backend cannot do it: varlen without CUDA or in fp32.
+    """
+    if backend == "auto":
+        backend = best_backend(q_TD.device.type, q_TD.dtype, q_TD.shape[1], mask.block is not None)
+    if backend == "varlen":
+        return _varlen(q_TD, k_TD, v_TD, heads, mask)
     assert backend in BACKENDS, backend
     if backend == "loop":
         return _loop(q_TD, k_TD, v_TD, heads, mask)
@@ -266,6 +329,23 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, heads: int) -> Tensor:
     out = [F.scaled_dot_product_attention(q_, _pick(k_, mask), _pick(v_, mask), attn_mask=bias).flatten(0, 1)
            for bias, (q_,), (k_, v_) in _groups(mask, heads, [q], [k, v])]
     return torch.cat(out).index_select(0, at_q)
+
+
+def _varlen(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask) -> Tensor:
+    if q_TD.device.type != "cuda" or q_TD.dtype not in HALF or mask.block is not None:
+        what = "a block-causal encoder" if mask.block is not None else f"{q_TD.dtype} on {q_TD.device.type}"
+        raise ConfigError(f"model.attention=varlen does not take {what}",
+                          "it is for CUDA with train.precision=bf16; leave model.attention at auto")
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x.view(len(x), heads, -1) for x in (q_TD, k_TD, v_TD))
+    out = None
+    for s in mask.segments:
+        some = lambda x, at: x if at is None else x.index_select(0, at)  # noqa: E731
+        y = varlen_attn(some(q, s.q), some(k, s.k), some(v, s.k), s.q_ends, s.k_ends, s.q_width, s.k_width,
+                        window_size=(-1, 0 if s.causal else -1))
+        out = y if s.q is None else (torch.empty_like(q) if out is None else out).index_copy(0, s.q, y)
+    return q_TD[:0] if out is None else out.flatten(1)
 
 
 def _loop(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask) -> Tensor:
