@@ -296,3 +296,23 @@ def test_models_of_one_stack_are_read_as_well(space, task, component):
     assert "rgb->caption/ce" in lens and ("caption->rgb/ce" in lens) == (task == "maskgit")
     told = [n for n in by_name["linear"].notes if "left to right" in n]
     assert bool(told) == (task == "gpt")
+
+
+def test_tokens_of_few_layers_at_a_time_are_those_of_all(space, monkeypatch):
+    features = Features(Context(open_run(space, "demo"), "test", None, 0, lambda *a: None))
+    ((layers, whole, lengths),) = features.tokens("audio")
+    assert layers == [0, 1] and whole["fit"].shape[:2] == (2, 48) and len(features._means) == 3
+    kept = {k: [x.copy() for x in v] for k, v in features._means.items()}
+    features._means.clear()
+    for layer, means in enumerate(features.means("audio")):
+        for p, x in means.items():
+            np.testing.assert_allclose(x, kept[p, "audio", False][layer], atol=1e-6)
+            inside = np.arange(whole[p].shape[2]) < lengths[p][:, None]
+            np.testing.assert_allclose((whole[p][layer] * inside[..., None]).sum(1) / lengths[p][:, None], x, atol=1e-5)
+    monkeypatch.setattr("nano4m_cli.probes._features.KEPT", 1)
+    monkeypatch.setattr("nano4m_cli.probes._features.PASS", 1)
+    monkeypatch.setattr("nano4m_cli.probes._features.FEWEST", 20)
+    for one, (layers, some, _) in enumerate(features.tokens("audio")):
+        assert layers == [one] and some["fit"].shape[:2] == (1, 20) and some["score"].shape[1] == 8
+        np.testing.assert_allclose(some["fit"][0], whole["fit"][one, :20], atol=1e-5)
+    assert one == 1

@@ -27,9 +27,10 @@ from nano4m_cli.train.run import MODELS
 
 FIT, CHOOSE = 2000, 500  # samples that readouts are fitted on, and that settle their settings, at most
 BATCH = 200
-KEPT = 1 << 30  # bytes of tokens that are kept at once; beyond it fewer samples are read
+KEPT, PASS = 1 << 30, 1 << 28  # bytes of tokens that are kept at once, and that a pass of the model gives
+FEWEST = 100  # samples of a part whose tokens are kept at least
 IDS = 8192  # the commonest ids that a bag of ids counts
-PARTS = ("fit", "choose", "score")
+Layer = dict[str, np.ndarray]  # per part ("fit", "choose", "score"), features of its samples
 
 
 @dataclass(frozen=True)
@@ -188,39 +189,48 @@ class Features:
             self._means[key] = [np.concatenate(layer) for layer in zip(*batches, strict=True)]
         return self._means[key]
 
-    def tokens(self, source: str, untrained: bool = False) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Return ({part: (Y, N, L, D) float32 padded with zeros}, {part: lengths (N,)}), Y layers. Of a wide model the first
-        samples of a part only, as many as `room`. What `means` asks for later is kept on the way."""
-        tokens, lengths, room = {}, {}, self.room(source)
-        for p, part in self.parts.items():
-            batches = list(self._read(source, untrained, part.rows(np.arange(min(len(part), room)))))
-            if len(part) <= room:
-                self._means[p, source, untrained] = [np.concatenate(x) for x in zip(*(pooled(*b) for b in batches), strict=True)]
-            n = np.concatenate([b[1] for b in batches])
-            out = np.zeros((len(batches[0][0]), len(n), int(n.max()), batches[0][0][0].shape[1]), dtype=np.float32)
-            at = 0
-            for states, m in batches:
-                inside = np.arange(out.shape[2]) < m[:, None]
-                for y, x in enumerate(states):
-                    out[y, at : at + len(m)][inside] = x
-                at += len(m)
-            tokens[p], lengths[p] = out, n
-        return tokens, lengths
+    def tokens(self, source: str, untrained: bool = False) -> Iterator[tuple[list[int], Layer, dict[str, np.ndarray]]]:
+        """Yield (layers, {part: (Y, N, L, D) float32 padded with zeros}, {part: lengths (N,)}) of as many layers at a time as there
+        is room for; where there is none for all samples of one, of the first ones. Means are kept on the way."""
+        at_once, most = self.room(source)
+        for first in range(0, self.layers, at_once):
+            some = list(range(self.layers))[first : first + at_once]
+            tokens, lengths = {}, {}
+            for p, part in self.parts.items():
+                batches = list(self._read(source, untrained, part.rows(np.arange(min(len(part), most))), some))
+                if len(some) == self.layers and len(part) <= most:
+                    each = (pooled(*b) for b in batches)
+                    self._means[p, source, untrained] = [np.concatenate(x) for x in zip(*each, strict=True)]
+                tokens[p], lengths[p] = padded(batches)
+            yield some, tokens, lengths
 
-    def room(self, source: str) -> int:
-        """Return how many samples' tokens are kept."""
-        c = self.context
-        config = c.run.config.model
-        layers = 1 + (config.encoder_layers if c.model.encodes else config.layers)
-        columns = c.layout.slice(source)
-        return max(BATCH, KEPT // (layers * (columns.stop - columns.start + 8) * config.width * 4))
+    @property
+    def layers(self) -> int:
+        """How many layers there are to read, the first block's input among them."""
+        config = self.context.run.config.model
+        return 1 + (config.encoder_layers if self.context.model.encodes else config.layers)
 
-    def _read(self, source: str, untrained: bool, part: Part) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
-        """Yield (per layer the tokens (T, D), lengths (B,)) batch by batch."""
+    def room(self, source: str) -> tuple[int, int]:
+        """Return how many layers are kept at once, and how many samples of a part at most."""
+        samples = sum(map(len, self.parts.values()))
+        each = self._token_bytes(source)
+        return max(1, min(self.layers, KEPT // (each * samples))), max(FEWEST, KEPT // each)
+
+    def _token_bytes(self, source: str) -> int:
+        """Bytes of one sample's tokens in one layer (with a few that models add)."""
+        columns = self.context.layout.slice(source)
+        return (columns.stop - columns.start + 8) * self.context.run.config.model.width * 4
+
+    def _read(
+        self, source: str, untrained: bool, part: Part, some: Sequence[int] | None = None
+    ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+        """Yield (per layer, or for some of them, the tokens (T, D), lengths (B,)) batch by batch."""
         c, model = self.context, self.untrained if untrained else self.context.model
-        for a in range(0, len(part), BATCH):
-            batch = shown_whole(model, part.rows(np.arange(a, min(a + BATCH, len(part)))), c.columns(source))
+        size = int(np.clip(PASS // (self.layers * self._token_bytes(source)), 1, BATCH))
+        for a in range(0, len(part), size):
+            batch = shown_whole(model, part.rows(np.arange(a, min(a + size, len(part)))), c.columns(source))
             layers, lengths = hidden_shown(model, batch)
+            layers = layers if some is None else [layers[i] for i in some]
             yield [x.float().cpu().numpy() for x in layers], lengths.cpu().numpy()
 
     def bag(self, source: str) -> dict[str, np.ndarray]:
@@ -275,6 +285,20 @@ def middle(label: dict[str, Any]) -> float | None:
     """Return the middle of the first object's box from the left, in pixels, or None where no box is told."""
     box = label["objects"][0].get("box") if label["objects"] else None
     return None if not box else (box[0] + box[2]) / 2
+
+
+def padded(batches: Sequence[tuple[list[np.ndarray], np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (tokens (Y, N, L, D) padded with zeros, lengths (N,)) of batches of packed tokens (per layer (T, D)) with lengths."""
+    lengths = np.concatenate([n for _, n in batches])
+    first = batches[0][0]
+    out = np.zeros((len(first), len(lengths), int(lengths.max()), first[0].shape[1]), dtype=np.float32)
+    at = 0
+    for layers, n in batches:
+        inside = np.arange(out.shape[2]) < n[:, None]
+        for y, x in enumerate(layers):
+            out[y, at : at + len(n)][inside] = x
+        at += len(n)
+    return out, lengths
 
 
 def pooled(layers: Sequence[np.ndarray], lengths: np.ndarray) -> list[np.ndarray]:

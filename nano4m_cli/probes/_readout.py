@@ -17,8 +17,6 @@ from nano4m_cli.probes._context import Context
 from nano4m_cli.probes._features import Features, Question
 from nano4m_cli.probes._result import Findings, Plot, mean_metric, ratio_interval
 
-Layer = dict[str, np.ndarray]  # per part, features of its samples
-
 
 class Answered(NamedTuple):
     """One question read out of one layer: accuracy on the samples that settle settings, and the guess (N,) for each scored one."""

@@ -1,4 +1,4 @@
-"""Who attends to whom: the share of attention that goes from modality to modality in each layer, against uniform attention.
+"""Who attends to whom: how much of its attention each modality gives to each, by layer, against uniform attention.
 
 Of an encoder its self-attention, of a decoder its cross-attention to what is shown (its self-attention stays within one modality),
 of one stack its self-attention. What uniform attention would give is each modality's share of the tokens that may be looked at.

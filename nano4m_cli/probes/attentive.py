@@ -42,15 +42,17 @@ class Probe(Readout):
                 f"AdamW {o.lr:g}, weight decay {o.weight_decay:g}, the best of {LOOKS} stops")
 
     def read(self, features: Features, source: str, untrained: bool) -> list[dict[str, Answered]]:
-        tokens, lengths = features.tokens(source, untrained)
-        return read_attentive(tokens, lengths, features.questions, self.options, features.context.seed)
+        out = []
+        for _, tokens, lengths in features.tokens(source, untrained):
+            out += read_attentive(tokens, lengths, features.questions, self.options, features.context.seed)
+        return out
 
     def read_bag(self, features: Features, source: str) -> dict[str, Answered]:
         return read_linear(features.bag(source), features.questions)
 
     def _notes(self, features: Features) -> list[str]:
-        cut = [f"{s}: {r}" for s in features.context.names if (r := features.room(s)) < len(features.parts["fit"])]
-        more = [f"of wide layers the first samples only ({', '.join(cut)})"] if cut else []
+        cut = [f"{s}: {r}" for s in features.context.names if (r := features.room(s)[1]) < len(features.parts["fit"])]
+        more = [f"of modalities of many tokens the first samples only ({', '.join(cut)})"] if cut else []
         return [*super()._notes(features), "the bag of ids is read linearly", *more]
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nano4m_cli.probes._features import Features, Question
-from nano4m_cli.probes._readout import Answered, Layer, Readout
+from nano4m_cli.probes._features import Features, Layer, Question
+from nano4m_cli.probes._readout import Answered, Readout
 from nano4m_cli.probes.linear import accuracy, alike
 
 KIND = "probe"
