@@ -103,13 +103,14 @@ def test_a_tiny_run(space):
     assert result.exit_code == 0, result.output
     (found,) = json.loads(result.stdout)["results"]
     value = {(m["name"], m["setting"]["samples"], m["setting"]["from"]): m for m in found["metrics"]}
-    subjects = ("all", "rgb", "normal", "caption")
-    assert set(value) == {(f"{s}/ce", n, f) for s in subjects for n in (8, 16) for f in ("run", "scratch", "unigram", "gain")}
+    subjects, kinds = ("all", "rgb", "normal", "caption"), [("ce", "run"), ("ce", "scratch"), ("ce", "unigram"), ("gain", "run")]
+    assert set(value) == {(f"{s}/{what}", n, f) for s in subjects for n in (8, 16) for what, f in kinds}
     for s in subjects:
         for n in (8, 16):
-            ours, scratch, gain = (value[f"{s}/ce", n, f]["value"] for f in ("run", "scratch", "gain"))
+            ours, scratch = (value[f"{s}/ce", n, f]["value"] for f in ("run", "scratch"))
+            gain = value[f"{s}/gain", n, "run"]["value"]
             assert ours > 0 and gain == pytest.approx(scratch - ours, abs=3e-6)
-            low, high = value[f"{s}/ce", n, "gain"]["ci95"]
+            low, high = value[f"{s}/gain", n, "run"]["ci95"]
             assert low <= gain <= high
     assert value["rgb/ce", 8, "run"]["chance"] == pytest.approx(np.log(24), abs=1e-6)
     notes = " ".join(found["notes"])

@@ -13,7 +13,7 @@ Each modality of a sample is shown alone and whole, and its tokens are averaged;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -49,7 +49,7 @@ class Probe(Base):
             value, interval = found[-1]
             metrics.append(Metric(name=name, value=value, ci95=interval, n=len(own[members[0]][0]), chance=base[-1], **more))
             curves.setdefault(what, {})[row] = found
-            curves[what][f"{row}, untrained"] = [(b, (b, b)) for b in base]
+            curves.setdefault(f"{what}-untrained", {})[row] = [(b, (None, None)) for b in base]
 
         for i, m in enumerate(context.names):
             context.progress(f"geometry of {m}", i, len(context.names))
@@ -151,11 +151,11 @@ def _matrix(names: Sequence[str], metrics: Sequence[Metric], what: str) -> Plot:
                 columns=list(names), values=[[value(a, b) for b in names] for a in names])
 
 
-def _curve(what: str, of: dict[str, list]) -> Plot:
-    return Plot(name=what, title=f"{TITLES[what]}, by layer", kind="curve", rows=list(of), columns=list(_range(of)), x="layer",
-                y=TITLES[what], values=[[v for v, _ in row] for row in of.values()],
-                low=[[i[0] for _, i in row] for row in of.values()], high=[[i[1] for _, i in row] for row in of.values()])
-
-
-def _range(of: dict[str, list]) -> Iterator[int]:
-    return iter(range(max(len(row) for row in of.values())))
+def _curve(name: str, of: dict[str, list]) -> Plot:
+    what, _, untrained = name.partition("-")
+    title = f"{TITLES[what]}, by layer" + (" of the model before any training" if untrained else "")
+    ends = lambda i: [[interval[i] for _, interval in row] for row in of.values()]  # noqa: E731
+    return Plot(
+        name=name, title=title, kind="curve", rows=list(of), columns=list(range(len(next(iter(of.values()))))), x="layer",
+        y=TITLES[what], values=[[v for v, _ in row] for row in of.values()], low=ends(0), high=ends(1),
+    )

@@ -115,7 +115,7 @@ class Probe(Base):
                 nll["unigram"].append(scored.unigram(few))
             for m in scored.measured({k: np.mean(v, 0) for k, v in nll.items()}, n):
                 metrics.append(m)
-                if m.setting["from"] != "gain":
+                if m.name.endswith("/ce"):
                     curves.setdefault(m.name.partition("/")[0], {}).setdefault(m.setting["from"], []).append(m)
         moved = transplant(context.model, MODELS[config.task](config.model, train.layout))
         t, rates = config.train, ", ".join(f"x{r:g}" for r in o.rates)
@@ -194,7 +194,7 @@ class Scored:
                 setting = {"samples": n, "from": k}
                 out.append(mean_metric(f"{subject}/ce", values, count, setting=setting, higher_is_better=False, **known))
             gain = mean["scratch"] - mean["run"]
-            out.append(mean_metric(f"{subject}/ce", gain, count, setting={"samples": n, "from": "gain"}, unit="nats", chance=0.0))
+            out.append(mean_metric(f"{subject}/gain", gain, count, setting={"samples": n, "from": "run"}, unit="nats", chance=0.0))
         return out
 
 
