@@ -66,8 +66,8 @@ class Probe(Base):
                 over = share / layer.mean(layer.uniform)
                 for what, title, x in (("share", "share of attention", share), ("times", "attention over uniform", over)):
                     plots.append(Plot(
-                        name=f"{part}-layer{i}-{what}", title=f"{part}, layer {i}: {title}", kind="matrix", columns=names,
-                        rows=[names[r] for r in kept], values=_cells(x[kept]), x="looked at", y="looks",
+                        name=f"{part}-layer{i}-{what}", title=f"{part}, layer {i}: {title}", kind="matrix",
+                        rows=[f"from {names[r]}" for r in kept], columns=[f"to {n}" for n in names], values=_cells(x[kept]),
                     ))
             heads = np.stack([layer.entropy.sum(0) / max(layer.choices.sum(), 1) for layer in found])
             plots.append(Plot(

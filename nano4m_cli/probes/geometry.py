@@ -144,11 +144,10 @@ TITLES = {"rank": "effective rank", "uniformity": "uniformity (lower: more sprea
 
 
 def _matrix(names: Sequence[str], metrics: Sequence[Metric], what: str) -> Plot:
-    """Return a symmetric matrix of a figure of pairs, at the last layer."""
+    """Return a matrix of a figure of pairs at the last layer, each pair once."""
     found = {m.name: m.value for m in metrics}
-    value = lambda a, b: found.get(f"{a}+{b}/{what}", found.get(f"{b}+{a}/{what}"))  # noqa: E731
-    return Plot(name=f"{what}-last", title=f"{TITLES[what]} of two modalities, last layer", kind="matrix", rows=list(names),
-                columns=list(names), values=[[value(a, b) for b in names] for a in names])
+    return Plot(name=f"{what}-last", title=f"{TITLES[what]} of two modalities, last layer", kind="matrix", rows=list(names[:-1]),
+                columns=list(names[1:]), values=[[found.get(f"{a}+{b}/{what}") for b in names[1:]] for a in names[:-1]])
 
 
 def _curve(name: str, of: dict[str, list]) -> Plot:
