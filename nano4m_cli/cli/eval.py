@@ -19,7 +19,7 @@ def command(
     ] = None,
     probe: Annotated[
         list[str] | None,
-        typer.Option("--probe", "-p", metavar="P", help="Which one (repeatable; default: all but the costly: decoding)."),
+        typer.Option("--probe", "-p", metavar="P", help="Which one (repeatable; default: all but the costly: decoding, transfer)."),
     ] = None,
     run: Annotated[str | None, typer.Option("--run", metavar="RUN", help="Default: the newest run.")] = None,
     split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Default: test.")] = None,

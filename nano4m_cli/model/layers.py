@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nano4m_cli.model.attention import Cache, Mask, attend, attend_folded, attend_kept
+from nano4m_cli.model.attention import Cache, Mask, attend, attend_folded, attend_kept, weights
 from nano4m_cli.model.batch import Ragged
 from nano4m_cli.model.positions import rotate
 from nano4m_cli.spec import Layout
@@ -186,6 +186,13 @@ class Attention(nn.Module):
         if cache is not None:
             cache.fill(k, v, mask.k)
         return self.out(self.attend(q, k, v, self.heads, mask, self.backend))
+
+    def look(self, x: Tensor, mask: Mask, context: Tensor | None = None, turn: Tensor | None = None,
+             context_turn: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """Return what `forward` weighs: per row of queries the weights (heads, Lq, Lk), and all values (Tk, D)."""
+        own = context is None
+        q, k, v = self._qkv(x, x if own else context, turn, turn if own else context_turn)
+        return weights(q, k, self.heads, mask), v
 
     def keep(self, x: Tensor, cache: Cache, rows: Ragged, at_S: Tensor, turn: Tensor | None = None) -> Tensor:
         """Put the keys (turned) and values of packed tokens behind the `at` tokens of each sample; return the queries (T, D)."""
