@@ -31,6 +31,7 @@ System = Literal["truth", "round_trip", "generated"]
 SCALE = {5: "Excellent", 4: "Good", 3: "Fair", 2: "Poor", 1: "Bad"}  # ITU-T P.800, annex B: listening quality
 LEVEL_DB = -26.0  # RMS of the speech under full scale, as P.800 has it
 MARGIN = 0.05  # seconds of quiet before and after
+EACH_S = 8  # that a rater takes for one sound
 PAGE, KEY = "listen.html", "key.json"
 
 
@@ -103,5 +104,5 @@ def page(test: str, sounds: Mapping[str, bytes]) -> str:
     )
     held = {"test": test, "clips": [[name, base64.b64encode(data).decode()] for name, data in sounds.items()]}
     return environment.get_template("_speech_listen.html.j2").render(
-        scale=SCALE, count=len(sounds), held=json.dumps(held).replace("<", "\\u003c")
+        scale=SCALE, count=len(sounds), minutes=-(-len(sounds) * EACH_S // 60), held=json.dumps(held).replace("<", "\\u003c")
     )
