@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,10 +11,9 @@ import pytest
 import torch
 from codec_factory import waves
 from speech_factory import LETTERS, WORDS, wav2vec_small, whisper_small
-from test_cli import fails, run
+from test_cli import run
 from test_digits import tiny  # noqa: F401 - a fixture
-from workspace_factory import config, media, one_thread, set_up  # noqa: F401 - fixtures
-from workspace_factory import tiny as scenes  # noqa: F401
+from workspace_factory import config, one_thread, set_up  # noqa: F401 - a fixture
 
 from nano4m_cli.config import build
 from nano4m_cli.data.fetch import fetch, open_source
@@ -76,7 +76,7 @@ def test_wav2vec_writes_what_transformers_writes(published, tmp_path):
         given = extractor(resample(wave, RATE, 16_000), sampling_rate=16_000, return_tensors="pt")
         with torch.no_grad():
             ids = model(given.input_values).logits.argmax(-1)
-        want.append(" ".join(tokenizer.batch_decode(ids, skip_special_tokens=True)[0].split()))
+        want.append(" ".join(re.sub("<.*?>", "", tokenizer.batch_decode(ids)[0]).split()))
     one = opened("wav2vec2", wav2vec_small(published))
     assert one.transcribe(SOUNDS) == want and len(set(want)) == 3 and all(len(w) > 3 for w in want)
 
@@ -248,13 +248,3 @@ def test_synthesis_on_a_run(spoken, one_thread, tmp_path):  # noqa: F811
     assert done.exit_code == 0, done.stderr
     said = {m["name"]: m["value"] for m in json.loads(done.stdout)["results"][0]["metrics"]}
     assert said["audio/mos"] == 5 and said["caption->audio/mos"] == 2 and said["caption->audio/mos_minus_truth"] == -3
-
-
-def test_descriptions_are_no_transcripts(media, one_thread):  # noqa: F811
-    for probe in ("asr", "tts"):
-        fails(run("eval", "--probe", probe, "--root", media.root, "--device", "cpu"), 1, "data set 'scenes' has no transcripts",
-              "not what describes it")
-
-
-def test_ratings_are_asked_for(media, one_thread):  # noqa: F811
-    fails(run("eval", "--probe", "mos", "--root", media.root, "--device", "cpu"), 1, "mos.ratings=DIR")

@@ -9,6 +9,9 @@ import jiwer
 import numpy as np
 import pytest
 
+from test_cli import fails, run
+from workspace_factory import media, one_thread, tiny  # noqa: F401 - fixtures
+
 from nano4m_cli.data.sources._base import Transcript
 from nano4m_cli.errors import UsageError
 from nano4m_cli.modalities.audio import RATE
@@ -297,3 +300,13 @@ def test_what_is_missing(names, transcripts, brought, why):
 
 def test_nothing_is_missing():
     assert speech.missing(context(["audio", "caption"], ["caption"])) is None
+
+
+def test_descriptions_are_no_transcripts(media, one_thread):  # noqa: F811
+    for probe in ("asr", "tts"):
+        fails(run("eval", "--probe", probe, "--root", media.root, "--device", "cpu"), 1, "data set 'scenes' has no transcripts",
+              "not what describes it")
+
+
+def test_ratings_are_asked_for(media, one_thread):  # noqa: F811
+    fails(run("eval", "--probe", "mos", "--root", media.root, "--device", "cpu"), 1, "mos.ratings=DIR")

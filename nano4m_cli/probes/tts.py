@@ -21,13 +21,13 @@ from nano4m_cli.rng import permutation
 KIND = "eval"
 NOTES = [
     "compared with the sample's own recording: chance is a recording of other words, reference the recording after the tokenizer's "
-    "round trip; what another recording of the same words gives is told as *_same_words: no more is to be expected of a good speaker",
+    "round trip; *_same_words: another recording of the same words, which is all that can be asked of a good speaker",
     f"mcd: mel-cepstral distance (Kubichek 1993), c1 to c{sound.ORDER} of {sound.BANDS} mel bands below "
     f"{sound.TOP_HZ / 1000:g} kHz, frames aligned by dynamic time warping, silence at both ends cut off; not comparable with "
     "other tools' cepstra",
     f"stoi: Taal et al. 2011 by pystoi; it compares moment with moment, so it judges a copy (the round trip) rather than a new "
-    f"utterance; recordings whose speech lasts under {sound.SHORTEST} s are left out, where it means nothing, and those of which pystoi keeps "
-    "too little; n: how many could be compared",
+    f"utterance; recordings whose speech lasts under {sound.SHORTEST} s are left out, where it means nothing, and those of "
+    "which pystoi keeps too little; n: how many could be compared",
     "duration: how much longer or shorter the speech is than the recording's; silent: share of sounds in which nothing is heard",
     "wer_*: word errors of what a recogniser writes of the sound; its own on real recordings stands beside (audio/wer_*)",
 ]
