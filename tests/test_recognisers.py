@@ -22,9 +22,11 @@ from nano4m_cli.errors import ConfigError, WeightsError
 from nano4m_cli.media_compat import ensure_torchaudio
 from nano4m_cli.modalities.audio import RATE, resample
 from nano4m_cli.probes import _speech_recogniser as recognisers
+from nano4m_cli.probes._context import Context
 from nano4m_cli.probes._evaluate import evaluate
+from nano4m_cli.probes._speech import guesses, spoken, texts, train_transcripts
 from nano4m_cli.probes._speech_recogniser import BaselineOptions, baseline
-from nano4m_cli.train.run import prepare, start
+from nano4m_cli.train.run import open_run, prepare, start
 from nano4m_cli.train.tokenizing import tokenize
 
 ensure_torchaudio()  # before anything of transformers is imported
@@ -180,7 +182,7 @@ def test_without_weights_it_says_where_to_put_them(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def spoken(tiny, tmp_path_factory):  # noqa: F811
+def spoken_digits(tiny, tmp_path_factory):  # noqa: F811
     """A data set of two digits each, and a run of two steps on it."""
     root = tmp_path_factory.mktemp("spoken")
     workspace = Workspace(root)
@@ -200,9 +202,9 @@ def figures(result):
     return {m.name: m for m in result.metrics}
 
 
-def test_recognition_on_a_run(spoken, one_thread):  # noqa: F811
+def test_recognition_on_a_run(spoken_digits, one_thread):  # noqa: F811
     asked = ["asr.baseline=whisper", f"asr.weights={whisper_small()}", "asr.heard=5"]
-    (result,) = evaluate(spoken, None, ["asr"], settings=asked).results
+    (result,) = evaluate(spoken_digits, None, ["asr"], settings=asked).results
     value = figures(result)
     wer = value["audio->caption/wer"]
     assert wer.n == 12 and wer.value >= 0 and wer.ci95 and not wer.higher_is_better
@@ -218,13 +220,71 @@ def test_recognition_on_a_run(spoken, one_thread):  # noqa: F811
     said = [row[0].split() for row in alignments.values]
     assert all(len(s) == 2 and set(s) <= set(WORDS) for s in said)
     assert confusions.kind == "matrix" and all(sum(r) == pytest.approx(1, abs=1e-4) for r in confusions.values)
-    again = evaluate(spoken, None, ["asr"], settings=asked).results[0]
+    again = evaluate(spoken_digits, None, ["asr"], settings=asked).results[0]
     assert again.model_dump() == result.model_dump()
 
 
-def test_synthesis_on_a_run(spoken, one_thread, tmp_path):  # noqa: F811
+def knows(monkeypatch, make):
+    """Put a predictor whose figures theory tells in the place of the run: make(context, n) gives what it writes or says."""
+    told = lambda context, sources, targets, modality, *_, limit=None, **__: make(context, limit)  # noqa: E731
+    monkeypatch.setattr(Context, "decoded", told)
+
+
+def captions(context, words):
+    """Captions that say `words(transcript)` where the true one says its transcript."""
+    how = context.info.transcripts["caption"]
+    return [t.replace(said := spoken(t, how), words(said), 1) for t in texts(context, "caption")]
+
+
+@pytest.mark.parametrize("make, wer, exact", [
+    (lambda c, _: captions(c, lambda said: said), 0.0, 1.0),
+    (lambda c, _: captions(c, lambda said: said.upper() + "!"), 0.0, 1.0),
+    (lambda c, _: ["the digits , spoken by a man"] * c.n, 1.0, 0.0),
+    (lambda c, _: [""] * c.n, 1.0, 0.0),
+    (lambda c, _: captions(c, lambda said: said + " " + said), 1.0, 0.0),
+    (lambda c, _: captions(c, lambda said: said.split()[0]), 0.5, 0.0),
+], ids=["perfect", "spelt otherwise", "silent", "without marks", "twice", "half"])
+def test_recognition_of_known_predictors(spoken_digits, one_thread, monkeypatch, make, wer, exact):  # noqa: F811
+    knows(monkeypatch, make)
+    value = figures(evaluate(spoken_digits, None, ["asr"]).results[0])
+    assert (value["audio->caption/wer"].value, value["audio->caption/exact"].value) == (wer, exact)
+
+
+def test_readers_that_hear_nothing_are_at_their_baselines(spoken_digits, one_thread, monkeypatch):  # noqa: F811
+    context = Context(open_run(spoken_digits), "test", None, 0, lambda *_: None)
+    how = context.info.transcripts["caption"]
+    said = [spoken(t, how) for t in texts(context, "caption")]
+    blind = guesses(said, train_transcripts(context, "caption"), 0)
+    for i, baseline_of in enumerate(("chance", "majority")):
+        knows(monkeypatch, lambda c, _, i=i: [f"the digits {w}, spoken by" for w in blind[i]])
+        wer = figures(evaluate(spoken_digits, None, ["asr"]).results[0])["audio->caption/wer"]
+        assert wer.value == getattr(wer, baseline_of) > 0.5
+    # A uniform guess of each of the two digits: wrong nine times of ten.
+    rng = np.random.default_rng(0)
+    knows(monkeypatch, lambda c, _: [f"the digits {' '.join(rng.choice(WORDS, 2))}, spoken by" for _ in range(c.n)])
+    low, high = figures(evaluate(spoken_digits, None, ["asr"]).results[0])["audio->caption/wer"].ci95
+    assert low <= 0.9 <= high
+
+
+def test_synthesis_of_known_predictors(spoken_digits, one_thread, monkeypatch):  # noqa: F811
     pytest.importorskip("pystoi")
-    (result,) = evaluate(spoken, None, ["tts"], settings=["tts.clips=6", f"tts.listen={tmp_path}", "tts.items=3"]).results
+    measured = lambda: figures(evaluate(spoken_digits, None, ["tts"]).results[0])  # noqa: E731
+    knows(monkeypatch, lambda c, n: c.raw("audio")[:n])
+    value = measured()
+    assert value["caption->audio/mcd"].value == 0 and value["caption->audio/duration"].value == 0
+    assert value["caption->audio/wer_judge"].value == value["audio/wer_judge"].value and value["caption->audio/silent"].value == 0
+    knows(monkeypatch, lambda c, n: [np.zeros_like(w) for w in c.raw("audio")[:n]])
+    value = measured()
+    assert value["caption->audio/silent"].value == 1 and value["caption->audio/mcd"].value is None
+    knows(monkeypatch, lambda c, n: c.tokenizer("audio").decode(c.ids("audio")[:n]))
+    value = measured()
+    assert value["caption->audio/mcd"].value == value["caption->audio/mcd"].reference
+    assert value["caption->audio/wer_judge"].value == value["caption->audio/wer_judge"].reference
+
+
+def test_synthesis_on_a_run(spoken_digits, one_thread, tmp_path):  # noqa: F811
+    pytest.importorskip("pystoi")
+    (result,) = evaluate(spoken_digits, None, ["tts"], settings=["tts.clips=6", f"tts.listen={tmp_path}", "tts.items=3"]).results
     value = figures(result)
     near = value["caption->audio/mcd"]
     assert near.n <= 6 and near.unit == "dB" and near.reference == value["audio/mcd_round_trip"].value > 0
@@ -244,7 +304,7 @@ def test_synthesis_on_a_run(spoken, one_thread, tmp_path):  # noqa: F811
                for i, (c, one) in enumerate(key["clips"].items())]
     (tmp_path / "a.json").write_text(json.dumps(
         {"format": "nano4m-mos", "version": 1, "test": key["test"], "rater": "Ann", "ratings": answers}))
-    done = run("eval", "--probe", "mos", f"mos.ratings={tmp_path}", "--root", spoken.root, "--device", "cpu", "--json")
+    done = run("eval", "--probe", "mos", f"mos.ratings={tmp_path}", "--root", spoken_digits.root, "--device", "cpu", "--json")
     assert done.exit_code == 0, done.stderr
     said = {m["name"]: m["value"] for m in json.loads(done.stdout)["results"][0]["metrics"]}
     assert said["audio/mos"] == 5 and said["caption->audio/mos"] == 2 and said["caption->audio/mos_minus_truth"] == -3

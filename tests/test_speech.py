@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import jiwer
 import numpy as np
 import pytest
-
 from test_cli import fails, run
 from workspace_factory import media, one_thread, tiny  # noqa: F401 - fixtures
 

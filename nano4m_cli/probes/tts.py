@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ class Probe(Base):
     def missing(self, context: Context) -> str | None:
         if lack := speech.missing(context):
             return lack
+        if find_spec("pystoi") is None:
+            return "package 'pystoi' is not installed (pip install pystoi)"
         return None if self._directions(context) else "the run cannot make sound from a transcript"
 
     def _directions(self, context: Context) -> list[tuple[str, str]]:
@@ -57,7 +60,6 @@ class Probe(Base):
     def measure(self, context: Context) -> Findings:
         o, metrics, rows = self.options, [], []
         published = baseline(o, "tts")
-        sound.need("pystoi", "pip install pystoi")
         if o.pesq:
             sound.need("pesq", sound.PESQ)
         notes, plots = list(NOTES), []
