@@ -21,6 +21,9 @@ class DataConfig(Config):
     """dataset: folder below data/ (null: the only or newest one). modalities: in model order (empty: all tokenised).
 
     skip_broken: put the next sample of the order in the place of one that cannot be read, and count it; else that is an error.
+    url: where the data set lies, if not below data/ (http, https, s3, gs, hf, ...; docs/CLUSTER.md). Its shards are fetched
+        when their samples are due, into `cache` (null: data/.cache/stream; variables such as $TMPDIR are put in), which holds at
+        most `cache_gb`; a shard that does not come within `wait` seconds is an error. lanes, window: see StreamOrder.
     """
 
     dataset: str | None = None
@@ -28,6 +31,12 @@ class DataConfig(Config):
     train: str = "train"
     val: str = "val"
     skip_broken: bool = False
+    url: str | None = None
+    cache: str | None = None
+    cache_gb: float = Field(20.0, gt=0)
+    wait: float = Field(300.0, gt=0)
+    lanes: int | None = Field(None, ge=1)
+    window: int = Field(4, ge=1)
 
     @field_validator("modalities")
     @classmethod
