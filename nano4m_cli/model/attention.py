@@ -12,7 +12,7 @@ to rounding (tested):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -27,8 +27,9 @@ from nano4m_cli.errors import ConfigError
 from nano4m_cli.model.batch import Ragged
 
 BACKENDS = ("padded", "sdpa", "loop")  # that any device has
-LOOP_WIDTH = 512  # from this width on rows one by one pay on a CPU (scripts/bench/attention.py)
+LOOP_WIDTH = 512  # from this width on rows one by one pay on a CPU, in fp32 (scripts/bench/attention.py)
 GROUPS, MIN_ROWS = 3, 12  # rows are padded in so many groups of at least so many (scripts/bench/attention.py)
+LONG, MIN_LONG = 64, 4  # ... or of at least so few, where they are that long on average
 HALF = (torch.bfloat16, torch.float16)
 NEVER = -1e9  # finite, so that a row without keys gives zeros (its values are padding), not NaN
 
@@ -110,10 +111,12 @@ class Mask:
 
     def _rows(self) -> list[Tensor | None]:
         """Return rows in up to `GROUPS` groups by length, so that short rows are not padded to the longest."""
-        if self.k_row is not None or self.q.rows < MIN_ROWS * 2 or self.q.lengths.device.type != "cpu":
+        if self.k_row is not None or self.q.lengths.device.type != "cpu":
             return [None]
-        order = torch.argsort(self.q.lengths * self.q.width + self.k.lengths * self.k.width, stable=True)
-        return list(order.tensor_split(min(GROUPS, self.q.rows // MIN_ROWS)))
+        groups = min(GROUPS, self.q.rows // (MIN_LONG if int(self.q.lengths.sum()) >= LONG * self.q.rows else MIN_ROWS))
+        if groups < 2:
+            return [None]
+        return list(torch.argsort(self.q.lengths * self.q.width + self.k.lengths * self.k.width, stable=True).tensor_split(groups))
 
     def _group(self, rows: Tensor | None) -> Group:
         some = slice(None) if rows is None else rows
@@ -171,7 +174,7 @@ def best_backend(device: str, dtype: torch.dtype, width: int, blocks: bool = Fal
     """Return what "auto" stands for. device: "cpu" or "cuda". blocks: whether the mask has some."""
     if device == "cuda":
         return "varlen" if dtype in HALF and not blocks else "sdpa"
-    return "loop" if width >= LOOP_WIDTH else "padded"
+    return "loop" if width >= LOOP_WIDTH and dtype not in HALF else "padded"  # Flash for CPUs is slow backwards in bf16
 
 
 def attend(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask, backend: str = "auto") -> Tensor:
@@ -188,6 +191,25 @@ def attend(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask, bac
         return _loop(q_TD, k_TD, v_TD, heads, mask)
     q, k, v = (x.reshape(len(x) * heads, x.shape[1] // heads) for x in (q_TD, k_TD, v_TD))
     return (_Padded.apply(q, k, v, mask, heads) if backend == "padded" else _sdpa(q, k, v, mask, heads)).view(q_TD.shape)
+
+
+def weights(q_TD: Tensor, k_TD: Tensor, heads: int, mask: Mask) -> list[Tensor]:
+    """Return per row of queries its weights (heads, Lq, Lk): softmax(q k / sqrt(head width)), zero where a query may not look.
+
+    To look at what a model attends to: `weights @ v` is `attend` to rounding, row by row and much slower.
+    """
+    out, ks = [], k_TD.split(mask.k.lengths.tolist())
+    blocks = None if mask.block is None else mask.block.split(mask.q.lengths.tolist())
+    for i, q in enumerate(q_TD.split(mask.q.lengths.tolist())):
+        k = ks[i if mask.k_row is None else int(mask.k_row[i])]
+        q_HQW, k_HKW = (x.unflatten(1, (heads, -1)).transpose(0, 1).float() for x in (q, k))
+        score = q_HQW @ k_HKW.transpose(1, 2) * q_HQW.shape[2] ** -0.5
+        if mask.causal is not None and bool(mask.causal[i]):
+            score = score.masked_fill(torch.ones_like(score, dtype=torch.bool).triu(1), -torch.inf)
+        if blocks is not None:
+            score = score.masked_fill(blocks[i][:, None] < blocks[i], -torch.inf)
+        out.append(score.softmax(-1))
+    return out
 
 
 @dataclass
@@ -330,20 +352,72 @@ def _varlen(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask) ->
 
 
 def _loop(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask) -> Tensor:
-    ks = k_TD.split(mask.k.lengths.tolist())
-    vs = v_TD.split(mask.k.lengths.tolist())
-    blocks = None if mask.block is None else mask.block.split(mask.q.lengths.tolist())
-    out = []
-    for i, q in enumerate(q_TD.split(mask.q.lengths.tolist())):
-        j = i if mask.k_row is None else int(mask.k_row[i])
-        if not len(q):
-            continue
-        if not len(ks[j]):
-            out.append(torch.zeros_like(q))
-            continue
-        shape = lambda x: x.reshape(len(x), heads, -1).transpose(0, 1)[None]  # noqa: E731 - (1, H, L, D / H)
-        causal = mask.causal is not None and bool(mask.causal[i])
-        may = None if blocks is None else blocks[i][:, None] >= blocks[i]
-        y = F.scaled_dot_product_attention(shape(q), shape(ks[j]), shape(vs[j]), attn_mask=may, is_causal=causal)
-        out.append(y[0].transpose(0, 1).reshape(len(q), -1))
-    return torch.cat(out) if out else q_TD[:0]
+    if q_TD.device.type == "cpu":
+        return _Rows.apply(q_TD, k_TD, v_TD, heads, mask)
+    return torch.cat([q_TD[:0], *(
+        F.scaled_dot_product_attention(*(_heads(x, heads) for x in (q_TD[a], k_TD[b], v_TD[b])), attn_mask=may, is_causal=causal)[0]
+        .transpose(0, 1).flatten(1) if b.stop > b.start else torch.zeros_like(q_TD[a])
+        for a, b, causal, may in _each_row(mask, q_TD.dtype)
+    )])
+
+
+def _heads(x_LD: Tensor, heads: int) -> Tensor:
+    """Return a (1, H, L, D / H) view of one row."""
+    return x_LD.view(len(x_LD), heads, -1).transpose(0, 1)[None]
+
+
+def _each_row(mask: Mask, dtype: torch.dtype) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
+    """Yield for every row with queries where they are, where its keys are, whether it is causal, and its blocks' bias."""
+    q_end, k_end = (np.concatenate([[0], np.cumsum(r.lengths.cpu().numpy())]).tolist() for r in (mask.q, mask.k))
+    look = range(mask.q.rows) if mask.k_row is None else mask.k_row.tolist()
+    causal = [False] * mask.q.rows if mask.causal is None else mask.causal.tolist()
+    for i, j in enumerate(look):
+        a, b = slice(q_end[i], q_end[i + 1]), slice(k_end[j], k_end[j + 1])
+        if a.stop > a.start:
+            block = None if mask.block is None else mask.block[a]
+            unseen = None if block is None else block[:, None] < block
+            yield a, b, causal[i], None if unseen is None else torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, NEVER)
+
+
+class _Rows(torch.autograd.Function):
+    """Rows one by one, each by torch's Flash kernel for CPUs, between slices of whole tensors.
+
+    Written out, because autograd would keep every row's output twice, and give each row gradients that it then adds up.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Mask) -> Tensor:
+        y, sums = torch.empty_like(q), []
+        for a, b, causal, may in _each_row(mask, q.dtype):
+            if b.stop == b.start:
+                y[a] = 0
+                continue
+            views = [_heads(x, heads) for x in (q[a], k[b], v[b])]
+            out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*views, 0.0, causal, attn_mask=may)
+            _heads(y[a], heads).copy_(out)
+            sums.append(log_sum)
+        ctx.save_for_backward(q, k, v, y, *sums)
+        ctx.heads, ctx.mask = heads, mask
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        q, k, v, y, *sums = ctx.saved_tensors
+        # Rows of keys may have many readers, or none.
+        shared = ctx.mask.k_row is not None or bool((ctx.mask.q.lengths == 0).any())
+        dq, (dk, dv) = torch.empty_like(q), ((torch.zeros_like if shared else torch.empty_like)(x) for x in (k, v))
+        left = iter(sums)
+        for a, b, causal, may in _each_row(ctx.mask, q.dtype):
+            if b.stop == b.start:
+                dq[a] = 0
+                continue
+            views = [_heads(x, ctx.heads) for x in (grad[a], q[a], k[b], v[b], y[a])]
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *views, next(left), 0.0, causal, attn_mask=may
+            )
+            _heads(dq[a], ctx.heads).copy_(parts[0])
+            for whole, part in ((dk, parts[1]), (dv, parts[2])):
+                own = _heads(whole[b], ctx.heads)
+                own.add_(part) if shared else own.copy_(part)
+        return dq, dk, dv, None, None

@@ -18,7 +18,7 @@ from nano4m_cli.masking._base import Key
 from nano4m_cli.masking._blocks import draw_blocks
 from nano4m_cli.masking._mixture import Mixture
 from nano4m_cli.model.base import TokenModel
-from nano4m_cli.model.batch import Packed, pack
+from nano4m_cli.model.batch import Packed, pack, sender
 from nano4m_cli.rng import bits
 from nano4m_cli.tokenizers._base import GradientTokenizer, codebook_use
 from nano4m_cli.train.config import RunConfig, TrainConfig
@@ -38,8 +38,15 @@ class Part:
     answers_M: Tensor
     skipped: tuple[str, ...] = ()
 
+    def each(self, do: Callable[[Tensor], Tensor]) -> Part:
+        return replace(self, packed=self.packed.each(do), answers_M=do(self.answers_M))
+
     def to(self, device) -> Part:
-        return replace(self, packed=self.packed.to(device), answers_M=self.answers_M.to(device))
+        return self.each(sender(device))
+
+    def pin_memory(self) -> Part:
+        """Return the part in pinned memory: what loaders ask of a batch that goes to CUDA."""
+        return self.each(torch.Tensor.pin_memory)
 
 
 def check_divides(train: TrainConfig, ranks: int) -> None:
