@@ -2,10 +2,27 @@
 
 import numpy as np
 import pytest
-from predictors import ClassOnly, Marginal, Memoriser, Perfect, Uniform, findings, known_context, make_world
+import torch
+from predictors import (
+    ClassOnly,
+    Marginal,
+    Memoriser,
+    Perfect,
+    Uniform,
+    findings,
+    known_context,
+    known_run,
+    make_world,
+)
 
+from nano4m_cli.errors import CheckpointError, DataError
+from nano4m_cli.probes._context import Context
+from nano4m_cli.probes._evaluate import evaluate
 from nano4m_cli.probes.forward_vs_ar import orders, positions, sequential
 from nano4m_cli.probes.loss import SHRINK, marginal_nll
+from nano4m_cli.registry import PROBES
+from nano4m_cli.spec import read_spec
+from nano4m_cli.train import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -270,3 +287,127 @@ def test_a_parrot_copies_always(halves):
             assert m.value == 1, name
             if name.endswith("copies"):
                 assert m.reference == 0, "no real one is a copy"
+
+
+# -- where figures come from --------------------------------------------------------------------------------------
+
+OURS = ["calibration", "class", "forward_vs_ar", "loss", "memorization", "retrieval"]
+NARROW = {"components": [{"type": "directed", "source": {"caption": 1.0}, "target": {"rgb": 1.0, "audio": 1.0}}]}
+
+
+@pytest.fixture
+def evaluated(tmp_path, monkeypatch):
+    """A function (model, probes, masking) that evaluates a predictor as the command would; reports are another's."""
+    monkeypatch.setattr("nano4m_cli.report.build.build", lambda path: path / "report")
+
+    def run(model, probes, masking=None):
+        made = known_run(model, masking)
+        made.path = tmp_path / "runs" / "known"
+        monkeypatch.setattr("nano4m_cli.probes._evaluate.open_run", lambda *args: made)
+        done = evaluate(model.world.workspace, None, probes)
+        return {r.probe: r for r in done.results}, {p.name: p.read_bytes() for p in done.files}
+
+    return run
+
+
+def test_a_question_that_training_never_posed_is_flagged(world, evaluated):
+    results, _ = evaluated(Perfect(world), ["loss", "class", "retrieval", "forward_vs_ar"], NARROW)
+    for result in results.values():
+        assert all(d.value == (name in ("caption->rgb", "caption->audio")) for name, d in result.in_distribution.items())
+        for m in result.metrics:
+            name = m.name.split("/")[0]
+            want = None if "->" not in name else name in ("caption->rgb", "caption->audio")
+            assert m.in_distribution is want, m.name
+    assert any("training did not pose '->caption'" in n for n in results["class"].notes)
+    assert results["loss"].in_distribution["audio->rgb"].frequency == 0
+
+
+def test_the_same_model_gives_the_same_files(world, evaluated):
+    first, again = (evaluated(ClassOnly(world), OURS)[1] for _ in range(2))
+    assert len(first) == 2 * len(OURS) and first == again
+
+
+def test_the_ceiling_of_text_is_its_wording(tmp_path):
+    """In a world whose captions say the colour only, but hold a number, log 8 nats are left to whoever knows the colour."""
+    world = make_world(tmp_path)
+    info = world.dataset.info()
+    determined = {m: ["colour"] for m in ("rgb", "audio", "caption")}
+    told = info.model_copy(update={"determined": determined, "wording": {"caption": [float(np.log(8))]}})
+    world.dataset.info_path.write_text(told.model_dump_json())
+    found = findings("loss", ClassOnly(world)).metrics
+    assert found["rgb->caption/ce"].value == pytest.approx(found["rgb->caption/ce"].ceiling, abs=1e-6)
+    assert found["->caption/ce"].ceiling is None and found["caption->rgb/ce"].ceiling is None
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------
+
+
+def missing(probe, context):
+    return PROBES.get(probe)().missing(context)
+
+
+def test_one_class_only(tmp_path):
+    world = make_world(tmp_path, classes=1, members=6)
+    info = world.dataset.info()
+    only = {a: v for a, v in info.attributes.items() if a == "colour"}
+    world.dataset.info_path.write_text(info.model_copy(update={"attributes": only}).model_dump_json())
+    context = known_context(Perfect(world))
+    assert missing("class", context) == "there is one class only ('red'): nothing to choose from"
+    found = findings("retrieval", Perfect(world), context)
+    assert found.metrics["audio->rgb/r1"].value == 1 and not any("class_" in m for m in found.metrics)
+
+
+def test_an_empty_split_and_one_of_a_single_sample(tmp_path):
+    kinds = np.arange(16)
+    world = make_world(tmp_path, 4, 4, splits={"train": kinds, "val": kinds[:1], "test": kinds[:0]})
+    with pytest.raises(DataError, match="data set 'known' has no split 'test' of rgb tokens"):
+        known_context(Perfect(world))
+    alone = known_context(Perfect(world), "val")
+    assert missing("retrieval", alone) == "a gallery needs two samples at least"
+    for probe in ("loss", "class", "calibration", "forward_vs_ar", "memorization"):
+        assert findings(probe, Perfect(world), alone).metrics, probe
+
+
+def test_what_a_run_or_data_set_lacks_is_said(world, tmp_path):
+    run = known_run(Perfect(world))
+    context = known_context(Perfect(world))
+    assert missing("memorization", Context(run, "train", None, 0, lambda *a: None)) == (
+        "it compares a held-out split with the train split, and 'train' was asked for")
+    context.names = ["rgb", "audio"]
+    assert missing("class", context) == "the run has no caption"
+    context.names = ["caption"]
+    assert missing("class", context).startswith("the run has no modality to tell a class from")
+    assert missing("retrieval", context) == "the run has one modality only"
+
+
+def test_a_run_of_another_data_set(world, tmp_path):
+    other = make_world(tmp_path)
+    spec = read_spec(other.dataset.spec_path("rgb"))
+    other.dataset.spec_path("rgb").write_text(spec.model_copy(update={"vocab_size": 13}).model_dump_json())
+    run = known_run(Perfect(world))
+    run.dataset = other.dataset
+    with pytest.raises(CheckpointError, match="the rgb tokens are not those this run was trained on: vocab_size is 12 here and 13"):
+        Context(run, "test", None, 0, lambda *a: None)
+
+
+def test_a_checkpoint_that_another_process_is_writing_is_not_read(tmp_path):
+    tensors = {"model": {"w": torch.ones(2)}}
+    good = checkpoint.save(tmp_path, 10, tensors, {"step": 10}, keep=2)
+    half = tmp_path / "checkpoints" / ".step-00000020.4242.part"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"\0" * 7)
+    assert checkpoint.latest(tmp_path) == good and checkpoint.checkpoints(tmp_path) == [good]
+    assert checkpoint.load(checkpoint.latest(tmp_path)).tensors["model"]["w"].tolist() == [1, 1]
+    half.rename(tmp_path / "checkpoints" / "step-00000020")  # copied by hand, cut short
+    with pytest.raises(CheckpointError, match="step-00000020 is damaged") as err:
+        checkpoint.load(checkpoint.latest(tmp_path))
+    assert "the previous one is step-00000010" in err.value.hint
+
+
+def test_a_training_that_shows_some_classes_only(tmp_path):
+    """Held-out samples of a class that training never showed have no caption to be compared: they are left out, and counted."""
+    kinds = np.arange(64)
+    world = make_world(tmp_path, splits={"train": kinds[:32], "val": kinds[:8], "test": kinds})
+    found = findings("class", Perfect(world))
+    assert found.metrics["rgb->caption/colour_top1"].n == 32 and found.metrics["rgb->caption/colour_top1"].value == 1
+    assert found.metrics["rgb->caption/colour_acc"].n == 64

@@ -82,10 +82,12 @@ class Bins:
         drawn = weight @ self.count_NB
         gaps = np.abs(weight @ self.confidence_NB - weight @ self.right_NB).sum(1) / np.maximum(drawn.sum(1), 1)
         assert len(gaps) == RESAMPLES
-        low, high = np.quantile(gaps, [0.025, 0.975])
+        value = ece(self.confidence, self.right, self.bin)
+        # Resampling adds to a mean of distances: the interval is centred on the figure itself.
+        low, high = np.clip(np.quantile(gaps, [0.025, 0.975]) - np.median(gaps) + value, 0, None)
         return [
             mean_metric(f"{name}{joint}top1_acc", per(self.right_NB), total),
-            Metric(name=f"{name}{joint}ece", value=ece(self.confidence, self.right, self.bin), n=int((total > 0).sum()),
+            Metric(name=f"{name}{joint}ece", value=value, n=int((total > 0).sum()),
                    ci95=(float(low), float(high)), reference=self._by_chance(seed), higher_is_better=False),
             mean_metric(f"{name}{joint}overconfidence", per(self.confidence_NB - self.right_NB), total, higher_is_better=False),
         ]
