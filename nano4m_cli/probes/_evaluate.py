@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -120,8 +121,19 @@ def _write_samples(context: Context, metrics: Sequence[Metric], path: Path) -> P
             tensors[m.name], tensors[f"{m.name}/weight"] = (np.ascontiguousarray(x, np.float64) for x in (values, weights))
     about = {"data": context.dataset.name, "split": context.split, "samples": str(context.n)}
     with atomic_file(path) as file:
-        file.write(save(tensors, metadata=about))
+        file.write(_sorted_header(save(tensors, metadata=about)))
     return path
+
+
+def _sorted_header(document: bytes) -> bytes:
+    """Return a safetensors document whose metadata stand in order: their writer shuffles them, and the same figures are to be the
+    same file."""
+    size = int.from_bytes(document[:8], "little")
+    header = json.loads(document[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+    assert len(text) == size, (len(text), size)
+    return document[:8] + text + document[8 + size :]
 
 
 def _held_out(run) -> str:
