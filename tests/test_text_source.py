@@ -284,6 +284,10 @@ def test_probes_say_what_one_modality_lacks(play, one_thread):  # noqa: F811
         "class": "data set 'play' states no attributes",
         "crossmodal": "no modality that a judge could name",
         "retrieval": "the run has one modality only",
+        "fusion": "the run has one modality only",
+        "captions": "the run has no caption",
+        "sounds": "the run has no audio",
+        "fid": "no generated modality has a judge, whose features distances are measured in",
     }.items()
     with pytest.raises(DataError, match="probe 'retrieval' cannot run here: the run has one modality only"):
         evaluate(play, "lm", ["retrieval"])

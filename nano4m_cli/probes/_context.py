@@ -46,9 +46,11 @@ class Context:
             raise DataError(f"split '{split}' of '{run.dataset.name}' is empty")
         self.ids_NC, self.length_NM = self.tokens.read(np.arange(self.n))
         self._generated: dict[tuple, State] = {}
+        self._decoded: dict[tuple, list[Any]] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
         self._others: dict[str, Context] = {}
         self.limit = limit
+        self.shared: dict[str, Any] = {}  # what one probe made and another uses
 
     @cached_property
     def info(self) -> DatasetInfo:
@@ -240,9 +242,20 @@ class Context:
 
     def decoded(self, sources: Sequence[str], targets: Sequence[str], modality: str, options: GenerateOptions | None = None,
                 limit: int | None = None) -> list[Any]:
-        """Return the raw values of a generated modality (of the first `limit` samples)."""
-        state = self.generate(sources, targets, options, limit)
-        return state.decode(self.layout, modality, self.tokenizer(modality), CHUNK)
+        """Return the raw values of a generated modality (of the first `limit` samples); kept for other probes."""
+        key = (tuple(sources), tuple(targets), modality, self.sampling(targets, options), limit)
+        if key not in self._decoded:
+            state = self.generate(sources, targets, options, limit)
+            self._decoded[key] = state.decode(self.layout, modality, self.tokenizer(modality), CHUNK)
+        return self._decoded[key]
+
+    def round_trip(self, modality: str, limit: int | None = None) -> list[Any]:
+        """Return what the tokenizer makes of the true ids (of the first `limit` samples); kept for other probes."""
+        key = ("round trip", modality, limit)
+        if key not in self._decoded:
+            ids, tokenizer = self.ids(modality)[:limit], self.tokenizer(modality)
+            self._decoded[key] = [raw for a in range(0, len(ids), CHUNK) for raw in tokenizer.decode(ids[a : a + CHUNK])]
+        return self._decoded[key]
 
 
 def missing(context: Context, *modalities: str) -> str | None:

@@ -9,7 +9,7 @@ from nano4m_cli.data._atomic import atomic_folder, write_json
 from nano4m_cli.generate.sampler import GenerateOptions
 from nano4m_cli.modalities._base import Modality
 from nano4m_cli.probes._context import Context
-from nano4m_cli.probes.crossmodal import estimate
+from nano4m_cli.probes._directions import estimate
 from nano4m_cli.registry import MODALITIES
 
 SHOWN = 6
