@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from nano4m_cli.cli._options import Device, Json, Quiet, Root, names
 from nano4m_cli.cli._probing import list_probes, run_probes
 from nano4m_cli.cli._show import Show
+from nano4m_cli.errors import UsageError
 
 
 def command(
@@ -19,9 +21,14 @@ def command(
         list[str] | None,
         typer.Option("--probe", "-p", metavar="P", help="Which one (repeatable; default: all but the costly: decoding)."),
     ] = None,
-    run: Annotated[str | None, typer.Option("--run", metavar="RUN", help="Default: the newest run.")] = None,
+    run: Annotated[
+        list[str] | None, typer.Option("--run", metavar="RUN", help="Default: the newest run (with --site, repeatable: all evaluated).")
+    ] = None,
     split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Default: test.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="At most N samples.")] = None,
+    site: Annotated[
+        Path | None, typer.Option("--site", metavar="DIR", help="Measure nothing; write pages of evaluated runs for any static host.")
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the probes.")] = False,
     device: Device = "auto",
     as_json: Json = False,
@@ -34,12 +41,32 @@ def command(
     nano4m eval
     nano4m eval --probe retrieval --limit 200
     nano4m eval --probe decoding decoding.direction="caption->rgb"
+    nano4m eval --site site --run demo --run digits
 
     --json: {run, report, files, skipped: {PROBE: reason}, results: [{probe, title, metrics: [{name, value, n, ci95,
-    chance, ...}], notes, ...}]}; with --list {probes: {NAME: summary}}.
+    chance, ...}], notes, ...}]}; with --list {probes: {NAME: summary}}; with --site {site, runs, files, bytes}.
     """
     show = Show(as_json, quiet)
     if list_:
         list_probes(show, "eval")
+    elif site is not None:
+        given = {"--probe": probe, "--split": split, "--limit": limit, "settings": settings}
+        wrong = [name for name, value in given.items() if value]
+        if wrong:
+            raise UsageError(f"--site measures nothing, so {', '.join(wrong)} cannot go with it", "evaluate first, then write the site")
+        _site(show, root, names(run), site)
+    elif len(names(run)) > 1:
+        raise UsageError("one run is evaluated at a time", "only --site takes several")
     else:
-        run_probes(show, "eval", root, run, names(probe), split, limit, device, settings or [])
+        run_probes(show, "eval", root, next(iter(names(run)), None), names(probe), split, limit, device, settings or [])
+
+
+def _site(show: Show, root: Path | None, runs: list[str], out: Path) -> None:
+    from nano4m_cli.data.workspace import Workspace
+    from nano4m_cli.report.site import build_site
+
+    done = build_site(Workspace.at(root), runs, out)
+    show.say(f"runs: {', '.join(done.runs)}")
+    show.say(f"{len(done.files)} files, {done.size / 1e6:.1f} MB")
+    show.line(str(out / "index.html"))
+    show.document({"site": out, "runs": done.runs, "files": done.files, "bytes": done.size})

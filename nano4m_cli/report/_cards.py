@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from nano4m_cli.masking._mixture import IN_DISTRIBUTION
 from nano4m_cli.report._about import step_of, training_time, without_paths
 from nano4m_cli.report._method import NAMES, Method, blocks
 from nano4m_cli.report._numbers import count, duration, figure, finite, share
@@ -16,6 +17,7 @@ from nano4m_cli.report._words import Verdict
 
 VALUES = 12  # values of an attribute that are listed
 UNTRAINED = 40  # directions that are listed
+ARROW = "\N{RIGHTWARDS ARROW}"
 
 
 @dataclass
@@ -115,21 +117,30 @@ def model_card(run: Inputs, how: Method, verdict: Verdict) -> list[Part]:
         "It is a small research model. It is not meant for decisions about people, nor for media that are to be taken for real.",
         "The weights' licence is for those to state who publish them; what the data set says is on the data card.",
     ]))
-    out.append(Part("Limits", lines=limits(run, verdict)))
+    out.append(Part("Limits", lines=limits(run, how, verdict)))
     return out
 
 
-def limits(run: Inputs, verdict: Verdict) -> list[str]:
+def never(run: Inputs, how: Method) -> list[str]:
+    """Return the directions from one whole modality to another that the run's masking hardly ever draws."""
+    if how.masks is None or run.setting("task") not in (None, "fourm"):
+        return []
+    names = run.modalities
+    return [f"{s}->{t}" for t in names for s in names if s != t and how.masks.directions.get(f"{s}->{t}", 0.0) < IN_DISTRIBUTION]
+
+
+def limits(run: Inputs, how: Method, verdict: Verdict) -> list[str]:
     """Return what the run cannot do or was not shown to do, as far as its results and data set know."""
     out = []
     if not run.results:
         out.append("It has not been evaluated: nothing is known of what it can do.")
-    if verdict.untrained:
-        named = ", ".join(f"{' + '.join(c.sources)} \N{RIGHTWARDS ARROW} {c.target}" for c in verdict.untrained[:UNTRAINED])
-        more = len(verdict.untrained) - UNTRAINED
+    untrained = list(dict.fromkeys([*(c.subject for c in verdict.untrained), *never(run, how)]))
+    if untrained:
+        named = ", ".join(f"{d.replace('+', ' + ').replace('->', f' {ARROW} ')}" for d in untrained[:UNTRAINED])
+        more = len(untrained) - UNTRAINED
         out.append(f"Directions that training (almost) never posed: {named}{f' and {more} more' if more > 0 else ''}.")
     if verdict.nothing:
-        named = ", ".join(f.metric.name for f in verdict.nothing[:12])
+        named = ", ".join(f.metric.name.replace("->", ARROW) for f in verdict.nothing[:12])
         more = len(verdict.nothing) - 12
         out.append(f"No better than the baseline: {named}{f' and {more} more' if more > 0 else ''}.")
     if run.data is not None:
@@ -138,7 +149,7 @@ def limits(run: Inputs, verdict: Verdict) -> list[str]:
             lacking = [a for a in run.data.attributes if a not in (carried or [])]
             if carried is not None and lacking:
                 known = run.data.ceilings.get(m, {})
-                told = [f"{a} (at best {figure(known[a])} of answers can be right)" if finite(known.get(a)) is not None else a for a in lacking]
+                told = [f"{a} (at best {share(known[a])} of answers can be right)" if finite(known.get(a)) is not None else a for a in lacking]
                 out.append(f"No model can tell from {m} what it does not carry: {_listed(told)}.")
         nobody = [a for a in run.data.attributes if not any(a in d for d in run.data.determined.values())]
         if nobody and run.data.determined:

@@ -124,9 +124,13 @@ def _environment() -> Environment:
     env = Environment(
         loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    env.filters.update(figure=numbers.figure, count=count, duration=duration, share=numbers.share)
+    env.filters.update(figure=numbers.figure, count=count, duration=duration, share=numbers.share, arrow=_arrow)
     env.globals.update(interval=interval, example=EXAMPLE)
     return env
+
+
+def _arrow(text: str) -> str:
+    return text.replace("->", "\N{RIGHTWARDS ARROW}")
 
 
 @cache

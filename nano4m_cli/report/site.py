@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -22,8 +22,17 @@ from nano4m_cli.report._read import COMPARED, Inputs, read_run
 
 BUDGET = 15_000_000  # bytes of all files
 MANIFEST = "site.json"
-TEASERS = 4  # gallery rows of an overview
+TEASERS = 3  # gallery rows of an overview
 MARK = "nano4m eval --site"
+
+
+@dataclass(frozen=True)
+class Site:
+    """What was written: the runs by name, the files, their bytes in all."""
+
+    runs: list[str]
+    files: list[Path]
+    size: int
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,8 @@ def evaluated(workspace: Workspace) -> list[Path]:
     return found
 
 
-def build_site(workspace: Workspace, names: Sequence[str], out: Path, budget: int = BUDGET) -> list[Path]:
-    """Write the site of the named runs (default: all that were evaluated) into the folder `out`; return its files.
+def build_site(workspace: Workspace, names: Sequence[str], out: Path, budget: int = BUDGET) -> Site:
+    """Write the site of the named runs (default: all that were evaluated) into the folder `out`.
 
     The same files of the runs give the same bytes. A folder that holds anything but a site made by this function is refused,
     unless it is empty; an older site's files are replaced. What would take it over `budget` bytes is left out of the galleries.
@@ -71,7 +80,7 @@ def build_site(workspace: Workspace, names: Sequence[str], out: Path, budget: in
     for name in (MANIFEST, *sorted(set(files) - {MANIFEST})):
         with atomic_file(out / name) as file:
             file.write(files[name])
-    return [out / name for name in sorted(files)]
+    return Site([f.resolve().name for f in folders], [out / name for name in sorted(files)], sum(map(len, files.values())))
 
 
 def _before(out: Path) -> set[str]:
@@ -99,6 +108,8 @@ def render_site(folders: Sequence[Path], data: Path, budget: int = BUDGET) -> di
     """
     inputs = [read_run(f, data) for f in folders]
     shown = [view(i) for i in inputs]
+    names = [v.name for v in shown]
+    shown = [replace(v, name=v.run.folder.resolve().name) if names.count(v.name) > 1 else v for v in shown]
     slugs = _slugs([v.name for v in shown])
     room = budget
     while True:
