@@ -22,12 +22,14 @@ def command(
         typer.Option("--probe", "-p", metavar="P", help="Which one (repeatable; default: all but the costly: decoding)."),
     ] = None,
     run: Annotated[
-        list[str] | None, typer.Option("--run", metavar="RUN", help="Default: the newest run (with --site, repeatable: all evaluated).")
+        list[str] | None,
+        typer.Option("--run", metavar="RUN", help="Default: the newest run (with --site, repeatable: all evaluated)."),
     ] = None,
     split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Default: test.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="At most N samples.")] = None,
     site: Annotated[
-        Path | None, typer.Option("--site", metavar="DIR", help="Measure nothing; write pages of evaluated runs for any static host.")
+        Path | None,
+        typer.Option("--site", metavar="DIR", help="Measure nothing; write pages of evaluated runs for any static host."),
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the probes.")] = False,
     device: Device = "auto",
@@ -53,7 +55,8 @@ def command(
         given = {"--probe": probe, "--split": split, "--limit": limit, "settings": settings}
         wrong = [name for name, value in given.items() if value]
         if wrong:
-            raise UsageError(f"--site measures nothing, so {', '.join(wrong)} cannot go with it", "evaluate first, then write the site")
+            hint = "evaluate first, then write the site"
+            raise UsageError(f"--site measures nothing, so {', '.join(wrong)} cannot go with it", hint)
         _site(show, root, names(run), site)
     elif len(names(run)) > 1:
         raise UsageError("one run is evaluated at a time", "only --site takes several")

@@ -68,9 +68,9 @@ def write_gallery(context: Context, folder: Path) -> Path:
 def _rules(pool: Context, leads: Sequence[str]) -> list[str]:
     out = [f"First: the first {min(SHOWN, pool.n)} samples of the split {pool.split}."]
     if leads:
-        out.append(f"Best and worst: of its first {pool.n} samples, the {ENDS} whose output is nearest to the truth and farthest from it, by "
-                   "the first picture among the targets (mean difference of the values shown, of 255), else by the text (share of "
-                   "characters that agree).")
+        out.append(f"Best and worst: of its first {pool.n} samples, the {ENDS} whose output is nearest to the truth and farthest "
+                   "from it, by the first picture among the targets (mean difference of the values shown, of 255), else by the text "
+                   "(share of characters that agree).")
     return out
 
 
@@ -97,7 +97,9 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return 255.0 if a.shape != b.shape else float(np.abs(a.astype(np.float64) - b).mean())
 
 
-def _made(context: Context, sources: Sequence[str], target: str, options: GenerateOptions | None, index: Sequence[int]) -> list[Any]:
+def _made(
+    context: Context, sources: Sequence[str], target: str, options: GenerateOptions | None, index: Sequence[int]
+) -> list[Any]:
     """Return the target made for some samples of the split: the same as for all of them, since draws go by the sample."""
     rows = np.array(list(index))
     known = context.inside_NC[rows] & context.columns(*sources)

@@ -57,7 +57,7 @@ def data_card(run: Inputs) -> list[Part]:
                         "The data set states no licence and no remarks: find out before you use it for more than your own work."]))
         if data.attributes:
             out.append(Part("Labels", head=["Attribute", "Values", "Carried by"], rows=[
-                [name, _values(a.get("values")), ", ".join(m for m in data.modalities if name in data.determined.get(m, [])) or "nothing"]
+                [name, _values(a.get("values")), ", ".join(m for m, d in data.determined.items() if name in d) or "nothing"]
                 for name, a in data.attributes.items()
             ], lines=["Carried by: the modalities that determine the attribute exactly."]))
         if data.options:
@@ -72,7 +72,8 @@ def data_card(run: Inputs) -> list[Part]:
             str(tokenizer.get("weights_sha256") or "-")[:12],
         ])
     if rows:
-        out.append(Part("Preprocessing and tokenizers", head=["Modality", "Raw", "Brought to", "Tokenizer", "Weights, sha256"], rows=rows))
+        head = ["Modality", "Raw", "Brought to", "Tokenizer", "Weights, sha256"]
+        out.append(Part("Preprocessing and tokenizers", head=head, rows=rows))
     trip = [m for r in run.results if r.probe == "tokenizer" for m in r.metrics if m.setting is None]
     if trip:
         out.append(Part("What tokenizing loses", head=["Figure", "Value", "95 % interval"], lines=[
@@ -112,8 +113,8 @@ def model_card(run: Inputs, how: Method, verdict: Verdict) -> list[Part]:
             "Shares of a modality's slots, on average over masks drawn as training draws them."]))
     names = run.modalities
     out.append(Part("Intended use", lines=[
-        f"Study of multimodal masked modelling: to generate or to score {_listed(names) or 'its modalities'} given any of the others, on "
-        f"samples like those of the data set {run.dataset or 'it was trained on'}.",
+        f"Study of multimodal masked modelling: to generate or to score {_listed(names) or 'its modalities'} given any of the "
+        f"others, on samples like those of the data set {run.dataset or 'it was trained on'}.",
         "It is a small research model. It is not meant for decisions about people, nor for media that are to be taken for real.",
         "The weights' licence is for those to state who publish them; what the data set says is on the data card.",
     ]))
@@ -149,7 +150,8 @@ def limits(run: Inputs, how: Method, verdict: Verdict) -> list[str]:
             lacking = [a for a in run.data.attributes if a not in (carried or [])]
             if carried is not None and lacking:
                 known = run.data.ceilings.get(m, {})
-                told = [f"{a} (at best {share(known[a])} of answers can be right)" if finite(known.get(a)) is not None else a for a in lacking]
+                told = [a + (f" (at best {share(known[a])} of answers can be right)" if finite(known.get(a)) is not None else "")
+                        for a in lacking]
                 out.append(f"No model can tell from {m} what it does not carry: {_listed(told)}.")
         nobody = [a for a in run.data.attributes if not any(a in d for d in run.data.determined.values())]
         if nobody and run.data.determined:

@@ -10,6 +10,7 @@ from nano4m_cli.report._numbers import finite
 from nano4m_cli.report._read import Inputs, Metric
 
 MOST = 1500  # rows
+NONE = "no source"  # of figures of one modality alone
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def compared(runs: Sequence[tuple[str, Inputs]]) -> Comparison:
     lines = [li for part in groups.values() for li in part]
     return Comparison(
         [name for name, _ in runs], [(p, s, part) for (p, s), part in groups.items()],
-        list(dict.fromkeys(" + ".join(li.metric.sources) or "nothing" for li in lines)),
+        list(dict.fromkeys(" + ".join(li.metric.sources) or NONE for li in lines)),
         list(dict.fromkeys(li.metric.target for li in lines)), list(dict.fromkeys(li.probe for li in lines)),
         _notes(runs, alone), max(0, len(rows) - MOST),
     )

@@ -123,7 +123,8 @@ def _layers(depth: str) -> str:
 
 def _told(run: Inputs, lanes: list[_Lane]) -> str:
     parts = [f"{li.name} by {li.tokenizer} into {li.tokens} tokens of {li.vocab} ids"
-             + ("" if li.slots is None else f", {int((li.slots == 1).sum())} shown and {int((li.slots == 2).sum())} asked") for li in lanes]
+             + ("" if li.slots is None else f", {int((li.slots == 1).sum())} shown and {int((li.slots == 2).sum())} asked")
+             for li in lanes]
     model = ", ".join(f"{a.lower()} with {b}" for a, b in blocks(run))
     return f"Method of the run: {'; '.join(parts)}. Model: {model}."
 
@@ -157,7 +158,8 @@ def _lattice(lane: _Lane, x: float, y: float, of: int, room: tuple[float, float]
     paths: dict[bool, list[str]] = {True: [], False: []}
     for s in range(len(lane.slots)):
         r, c = place(s)
-        paths[bool(lane.slots[s] == of)].append(f"M{x + side * c:.1f} {top + side * r:.1f}h{side - gap:.1f}v{side - gap:.1f}h{gap - side:.1f}z")
+        square = f"h{side - gap:.1f}v{side - gap:.1f}h{gap - side:.1f}z"
+        paths[bool(lane.slots[s] == of)].append(f"M{x + side * c:.1f} {top + side * r:.1f}{square}")
     out = [f'<path class="slot" d="{"".join(paths[False])}"/>'] if paths[False] else []
     if paths[True]:
         out.append(f'<path class="slot {"shown" if of == 1 else "asked"}" d="{"".join(paths[True])}"/>')
@@ -180,7 +182,8 @@ def _wide(run: Inputs, lanes: list[_Lane], told: str) -> Markup:
         if i:
             out.append(f'<line class="grid" x1="0" x2="{width}" y1="{y - row / 2:.1f}" y2="{y - row / 2:.1f}"/>')
         out.append(f'<text class="name" x="0" y="{y - 8:.1f}">{_cut(lane.name, 22)}</text>')
-        out.append(f'<text x="0" y="{y + 9:.1f}">{_cut(lane.tokenizer, 26)}</text><text x="0" y="{y + 25:.1f}">{escape(lane.tokens)}</text>')
+        out.append(f'<text x="0" y="{y + 9:.1f}">{_cut(lane.tokenizer, 26)}</text>')
+        out.append(f'<text x="0" y="{y + 25:.1f}">{escape(lane.tokens)}</text>')
         cells, wide = _lattice(lane, left, y, 1)
         out += cells
         if lane.slots is None or (lane.slots == 1).any():
@@ -236,7 +239,8 @@ def _box(x: float, y: float, w: float, h: float, name: str, what: str) -> list[s
     lines = [what] if w > 200 else what.split(", ")
     middle = y + h / 2 - 8 * (len(lines) - 1)
     out.append(f'<text class="name" x="{x + w / 2:.1f}" y="{middle - 4:.1f}" text-anchor="middle">{name}</text>')
-    out += [f'<text x="{x + w / 2:.1f}" y="{middle + 14 + 16 * i:.1f}" text-anchor="middle">{escape(t)}</text>' for i, t in enumerate(lines)]
+    for i, text in enumerate(lines):
+        out.append(f'<text x="{x + w / 2:.1f}" y="{middle + 14 + 16 * i:.1f}" text-anchor="middle">{escape(text)}</text>')
     return out
 
 

@@ -122,7 +122,8 @@ def _map(run: Inputs, all_cards: list[Card]) -> Drawn | None:
 @cache
 def _environment() -> Environment:
     env = Environment(
-        loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
     )
     env.filters.update(figure=numbers.figure, count=count, duration=duration, share=numbers.share, arrow=_arrow)
     env.globals.update(interval=interval, example=EXAMPLE)
@@ -151,8 +152,8 @@ def page(template: str, inlined: bool, **values: Any) -> bytes:
         policy = (f"default-src 'none'; img-src data:; media-src data:; style-src 'sha256-{_hash(style)}'; "
                   f"script-src 'sha256-{_hash(script)}'; base-uri 'none'; form-action 'none'")
     else:
-        policy = ("default-src 'none'; img-src 'self' data:; media-src 'self'; style-src 'self'; script-src 'self'; base-uri 'none'; "
-                  "form-action 'none'")
+        policy = ("default-src 'none'; img-src 'self' data:; media-src 'self'; style-src 'self'; script-src 'self'; "
+                  "base-uri 'none'; form-action 'none'")
     values = {"base": "", "nav_label": "Sections", "about": "A nano4m run", **values}
     # Both are files of this package, the only text that goes in as it is.
     text = _environment().get_template(template).render(

@@ -6,7 +6,6 @@ and every plot comes with its numbers as a table.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,7 +77,8 @@ def drawn(plot: Plot) -> Drawn:
     if len(plot.rows) * len(plot.columns) <= LISTED:
         out.table = _table(plot)
     elif out.svg is None:
-        out.words.append(f"Its table of {len(plot.rows)} x {len(plot.columns)} numbers is left out here; the result's file has it.")
+        size = f"{len(plot.rows)} x {len(plot.columns)}"
+        out.words.append(f"Its table of {size} numbers is left out here; the result's file has it.")
     return out
 
 
@@ -138,8 +138,8 @@ def _matrix(plot: Plot, values: list[list[float | None]], out: Drawn) -> None:
     columns = [str(c) if isinstance(c, str) else f"{c:g}" for c in plot.columns]
     peak = f"{plot.rows[-top[1]]} / {columns[-top[2]]}"
     out.words += _confusions(plot.rows, columns, values)
-    told = f"Heat map of {out.title}: {len(plot.rows)} rows, {len(columns)} columns, {figure(min(known))} to {figure(max(known))}, " \
-           f"highest at {peak}"
+    size = f"{len(plot.rows)} rows, {len(columns)} columns"
+    told = f"Heat map of {out.title}: {size}, {figure(min(known))} to {figure(max(known))}, highest at {peak}"
     if max(len(plot.rows), len(columns)) > MOST:
         out.words.insert(0, f"{told}. It is too large to draw.")
         return
@@ -243,7 +243,10 @@ def _curve(plot: Plot, values: list[list[float | None]], out: Drawn) -> None:
     if None in xs:
         out.words.append("It cannot be drawn: its columns are not numbers.")
         return
-    band = lambda part, r: [finite(v) for v in part[r]] if part and r < len(part) and len(part[r]) == len(xs) else None  # noqa: E731
+
+    def band(part: Any, r: int) -> list[float | None] | None:
+        return [finite(v) for v in part[r]] if part and r < len(part) and len(part[r]) == len(xs) else None
+
     count = min(len(plot.rows), LINES)
     ends = [(band(plot.low, r), band(plot.high, r)) for r in range(count)]
     ys = [v for row in values[:count] for v in row] + [v for pair in ends for part in pair if part for v in part]
@@ -253,14 +256,18 @@ def _curve(plot: Plot, values: list[list[float | None]], out: Drawn) -> None:
         return
     shares = plot.diagonal and min([*seen, *xs]) >= 0 and max([*seen, *xs]) <= 1
     log = min(xs) > 0 and max(xs) / min(xs) >= 30 and not plot.diagonal
-    frame = Frame(xs, seen, plot.x + (" (log scale)" if log else ""), plot.y, log=log, size=(460, 300), bounds=(-0.02, 1.02) if shares else None)
+    frame = Frame(xs, seen, plot.x + (" (log scale)" if log else ""), plot.y, log=log, size=(360, 240),
+                  bounds=(-0.02, 1.02) if shares else None)
     names = [_told_line(plot.rows[r], xs, values[r]) for r in range(count)]
-    body = frame.begin(f"Curve of {out.title}: {'; '.join(names[:8])}" + ("; dashed: what a perfect model would give" if plot.diagonal else ""))
+    perfect = "; dashed: what a perfect model would give" if plot.diagonal else ""
+    body = frame.begin(f"Curve of {out.title}: {'; '.join(names[:8])}{perfect}")
     bands, lines = [], []
     if plot.diagonal:
-        a, b = max(frame.xs[0], frame.ys[0], 0 if shares else -math.inf), min(frame.xs[1], frame.ys[1], 1 if shares else math.inf)
+        a, b = max(frame.xs[0], frame.ys[0]), min(frame.xs[1], frame.ys[1])
+        a, b = (max(a, 0), min(b, 1)) if shares else (a, b)
         if b > a:
-            body.append(f'<line class="diagonal" x1="{frame.x(a):.1f}" y1="{frame.y(a):.1f}" x2="{frame.x(b):.1f}" y2="{frame.y(b):.1f}"/>')
+            x1, x2, y1, y2 = frame.x(a), frame.x(b), frame.y(a), frame.y(b)
+            body.append(f'<line class="diagonal" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
     order = sorted(range(len(xs)), key=lambda c: xs[c])
     for r in range(count):
         css = f"c{r % COLOURS} d{r // COLOURS}"
@@ -274,8 +281,8 @@ def _curve(plot: Plot, values: list[list[float | None]], out: Drawn) -> None:
             for c in piece:
                 told = f"{plot.rows[r]}, {plot.x or 'x'} {figure(xs[c])}: {figure(values[r][c])}"
                 lines += frame.mark(frame.x(xs[c]), values[r][c], css, 3.2, told, shape)
-        key = f'<svg class="key-line" viewBox="0 0 26 12" width="26" height="12" aria-hidden="true"><line class="through {css}" x1="0" x2="26" y1="6" y2="6"/>' \
-              f'<path class="mark {css}" d="{mark_path(shape, 13, 6, 3.2)}"/></svg>'
+        key = (f'<svg class="key-line" viewBox="0 0 26 12" width="26" height="12" aria-hidden="true"><line class="through {css}" '
+               f'x1="0" x2="26" y1="6" y2="6"/><path class="mark {css}" d="{mark_path(shape, 13, 6, 3.2)}"/></svg>')
         out.legend.append(Legend(plot.rows[r], Markup(key)))
     out.svg = Markup("".join([*body, *bands, *lines, "</svg>"]))
     if any(low and high for low, high in ends):

@@ -1,4 +1,4 @@
-"""`build_site(runs, out)`: a project's pages, for any static host: no server, no network, nothing but the files below one folder."""
+"""`build_site(workspace, runs, out)`: a project's pages, for any static host: no server, no network, one folder of files."""
 
 from __future__ import annotations
 
@@ -153,11 +153,13 @@ def _files(runs: list[_Run]) -> dict[str, bytes]:
     files |= documents
     for r in runs:
         files |= _pages(r, several)
-        used = {i for rows in r.gallery.groups.values() for row in rows for side in (row.condition, row.output, row.truth) for i in side}
+        rows = [row for group in r.gallery.groups.values() for row in group]
+        used = {i for row in rows for side in (row.condition, row.output, row.truth) for i in side}
         sources = {s for i in used for s in (i.sound, i.picture.src if i.picture else "")}
         files |= {name: data for name, data in r.media.files.items() if r.media.prefix + name in sources}
     if several:
-        top = [Link("index.html", "Runs"), Link("compare.html", "Compare"), *(Link(f"{r.slug}/index.html", r.shown.name) for r in runs)]
+        top = [Link("index.html", "Runs"), Link("compare.html", "Compare")]
+        top += [Link(f"{r.slug}/index.html", r.shown.name) for r in runs]
         files["index.html"] = page("site/runs.html.j2", False, **_around(top, "index.html", ""), runs=runs, name="Runs")
         comparison = compared([(r.shown.name, r.run) for r in runs])
         files["compare.html"] = page(
@@ -183,8 +185,8 @@ def _pages(r: _Run, several: bool) -> dict[str, bytes]:
     made: dict[str, bytes] = {}
 
     def add(file: str, template: str, title: str, marked: str | None = None, **values: Any) -> None:
-        around = _around(links, marked or file, base)
-        made[r.folder + file] = page(f"site/{template}.html.j2", False, **around, **{**parts(shown), **values}, run_name=shown.name, title=title)
+        all_values = {**parts(shown), **values, **_around(links, marked or file, base), "run_name": shown.name, "title": title}
+        made[r.folder + file] = page(f"site/{template}.html.j2", False, about=f"{title}: {shown.sentence}", **all_values)
 
     listed = list(zip(shown.probes, slugs, strict=True))
     add("index.html", "overview", "Overview", problems=run.problems, teasers=_teasers(r.gallery), gallery=r.gallery, listed=listed)
