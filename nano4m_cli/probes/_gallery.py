@@ -69,8 +69,8 @@ def _rules(pool: Context, leads: Sequence[str]) -> list[str]:
     out = [f"First: the first {min(SHOWN, pool.n)} samples of the split {pool.split}."]
     if leads:
         out.append(f"Best and worst: of its first {pool.n} samples, the {ENDS} whose output is nearest to the truth and farthest "
-                   "from it, by the first picture among the targets (mean difference of the values shown, of 255), else by the text "
-                   "(share of characters that agree).")
+                   "from it, by the first picture among the targets (mean difference of the values shown, of 255), else by the "
+                   "text (share of characters that agree).")
     return out
 
 

@@ -21,7 +21,8 @@ from nano4m_cli.report._numbers import count, finite
 from nano4m_cli.report._read import Inputs
 from nano4m_cli.spec import Layout, TokenSpec
 
-SAMPLES = 4096  # masks drawn for the shares
+SAMPLES = 4096  # masks drawn for the shares ...
+DRAWN = 4_000_000  # ... or fewer, so that no more slots than this are drawn
 MOST = 24  # modalities that are drawn
 LATTICE = (104.0, 56.0)  # room for the slots of a modality
 CELLS = 4096  # slots that are drawn one by one
@@ -93,7 +94,7 @@ def _masks(run: Inputs, layout: Layout) -> tuple[np.ndarray, np.ndarray, MaskRep
     length = np.array([[s.slots for s in layout.specs]])
     seed = finite(run.setting("seed")) or 0
     shown, asked = mixture.draw(length, Key(int(seed), "mask", np.arange(1)))
-    return shown[0], asked[0], mixture.simulate(length, int(seed), SAMPLES)
+    return shown[0], asked[0], mixture.simulate(length, int(seed), max(16, min(SAMPLES, DRAWN // layout.columns)))
 
 
 def _lane(spec: TokenSpec, slots: np.ndarray | None) -> _Lane:

@@ -184,8 +184,8 @@ def _matrix(plot: Plot, values: list[list[float | None]], out: Drawn) -> None:
             x = left + cell[0] * c
             what = f"{name} / {columns[c]}: {'not measured' if v is None else figure(v)}"
             css = "void" if v is None else look(v, low, high, divided)
-            parts.append(f'<g class="{css}{"" if few else " small"}"><rect x="{x:.1f}" y="{above + cell[1] * r:.1f}" width="{cell[0] - 1:.1f}" '
-                         f'height="{cell[1] - 1:.1f}"/><title>{escape(what)}</title>')
+            parts.append(f'<g class="{css}{"" if few else " small"}"><rect x="{x:.1f}" y="{above + cell[1] * r:.1f}" '
+                         f'width="{cell[0] - 1:.1f}" height="{cell[1] - 1:.1f}"/><title>{escape(what)}</title>')
             if v is None or fits:
                 text = "&#183;" if v is None else texts[r][c]
                 parts.append(f'<text x="{x + cell[0] / 2 - 0.5:.1f}" y="{y + size * 0.34:.1f}" text-anchor="middle">'
