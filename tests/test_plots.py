@@ -107,7 +107,9 @@ def test_confusions_are_told_in_words():
     names = ["red", "green", "blue"]
     out = drawn(plot([[0.8, 0.2, 0.0], [0.5, 0.5, 0.0], [0.0, 0.1, 0.9]], rows=names, columns=names))
     assert out.words == ["Largest off the diagonal: green as red (0.500), red as green (0.200), blue as green (0.100)."]
-    assert drawn(plot([[1.0, -0.2, 0.0], [0.5, 0.5, 0.0], [0.0, 0.1, 0.9]], rows=names, columns=names)).words == []
+    counts = drawn(plot([[8, 2, 0], [0, 0, 0], [0, 7, 3]], rows=names, columns=names))
+    assert counts.words == ["Largest off the diagonal: blue as green (7), red as green (2)."]
+    assert drawn(plot([[0.8, 0.9, 0.0], [0.5, 0.5, 0.0], [0.0, 0.1, 0.9]], rows=names, columns=names)).words == [], "no shares"
 
 
 def test_fifty_classes_are_drawn_and_more_are_told():

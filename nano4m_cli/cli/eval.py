@@ -27,6 +27,9 @@ def command(
     ] = None,
     split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Default: test.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="At most N samples.")] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Run no probe: gallery and report of the results that are there, e.g. of several jobs.")
+    ] = False,
     site: Annotated[
         Path | None,
         typer.Option("--site", metavar="DIR", help="Measure nothing; write pages of evaluated runs for any static host."),
@@ -42,6 +45,7 @@ def command(
     \b
     nano4m eval
     nano4m eval --probe retrieval --limit 200
+    nano4m eval --report
     nano4m eval --probe decoding decoding.direction="caption->rgb"
     nano4m eval --site site --run demo --run digits
 
@@ -52,16 +56,18 @@ def command(
     if list_:
         list_probes(show, "eval")
     elif site is not None:
-        given = {"--probe": probe, "--split": split, "--limit": limit, "settings": settings}
+        given = {"--probe": probe, "--split": split, "--limit": limit, "--report": report, "settings": settings}
         wrong = [name for name, value in given.items() if value]
         if wrong:
             hint = "evaluate first, then write the site"
             raise UsageError(f"--site measures nothing, so {', '.join(wrong)} cannot go with it", hint)
-        _site(show, root, names(run), site)
-    elif len(names(run)) > 1:
+        _site(show, root, run or [], site)
+    elif len(run or []) > 1:
         raise UsageError("one run is evaluated at a time", "only --site takes several")
     else:
-        run_probes(show, "eval", root, next(iter(names(run)), None), names(probe), split, limit, device, settings or [])
+        if report and (probe or settings):
+            raise UsageError("--report runs no probe", "leave --probe and settings out")
+        run_probes(show, "eval", root, run[0] if run else None, names(probe), split, limit, device, settings or [], report)
 
 
 def _site(show: Show, root: Path | None, runs: list[str], out: Path) -> None:

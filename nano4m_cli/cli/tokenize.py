@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from nano4m_cli.cli._app import stopped
-from nano4m_cli.cli._options import DryRun, Json, Quiet, Root, Workers, names
+from nano4m_cli.cli._options import DryRun, Json, Quiet, Root, Workers, names, share
 from nano4m_cli.cli._show import Show
 from nano4m_cli.errors import DataError, UsageError, did_you_mean
 
@@ -138,16 +137,6 @@ def _check(show: Show, folder: Any, chosen: Sequence[str], workers: int | None) 
         raise DataError(f"{folder.name}: {what}: {broken[0].modality}: {broken[0].what}", broken[0].hint or None)
     notices = len(report.findings)
     show.line(f"{folder.name}: raw and token shards are whole and aligned" + f" (notices: {notices})" * bool(notices))
-
-
-def share(text: str | None) -> tuple[int, int]:
-    """Return (i, n) of "i/n", (0, 1) of nothing."""
-    if text is None:
-        return 0, 1
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not int(found[1]) < int(found[2]):
-        raise UsageError(f"--shard {text} is not of the form I/N with I from 0 to N - 1", "for example --shard 0/4")
-    return int(found[1]), int(found[2])
 
 
 def by_modality(items: Sequence[str], chosen: Sequence[str]) -> dict[str, list[str]]:

@@ -48,7 +48,7 @@ class TransformerConfig(Config):
     positions: Literal["sincos", "learned", "fourier", "rope"] = "sincos"
     init: Init = "scaled"
     mup_base: int | None = Field(None, ge=1)
-    attention: Literal["auto", "padded", "sdpa", "loop"] = "auto"
+    attention: Literal["auto", "padded", "sdpa", "loop", "varlen"] = "auto"
 
     @field_validator("size")
     @classmethod
@@ -87,12 +87,6 @@ class TransformerConfig(Config):
     def base(self) -> int:
         """The width whose sizes and rates are used: its own without muP."""
         return self.mup_base or self.width
-
-    def with_backend(self) -> TransformerConfig:
-        """Return the config with the attention backend chosen: rows one by one pay at large widths (scripts/bench/attention.py)."""
-        if self.attention != "auto":
-            return self
-        return self.model_copy(update={"attention": "loop" if self.width >= 512 else "padded"})
 
 
 class StackConfig(TransformerConfig):
@@ -223,7 +217,6 @@ class Stack(TokenModel):
 
     def __init__(self, config: StackConfig, layout: Layout):
         super().__init__()
-        config = config.with_backend()
         self.config, self.layout = config, layout
         d, m = config.width, len(layout.specs)
         self.embed = TokenTable(layout, d, 0.5)

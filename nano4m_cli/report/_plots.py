@@ -224,14 +224,18 @@ def _label(text: str) -> Markup:
 
 
 def _confusions(rows: list[str], columns: list[str], values: list[list[float | None]]) -> list[str]:
-    """Return what a matrix over the same names on both axes takes for what, in words (nothing for other matrices)."""
-    if rows != columns or len(rows) < 3 or any(v is not None and v < 0 for row in values for v in row):
+    """Return what a matrix over the same names on both axes takes for what, in words (nothing for other matrices): its rows
+    are shares of one true class each, or counts."""
+    sums = [sum(v or 0 for v in row) for row in values]
+    counts = all(v is None or (v >= 0 and v == round(v)) for row in values for v in row)
+    if rows != columns or len(rows) < 3 or not (counts or all(abs(s - 1) < 0.02 or s == 0 for s in sums)):
         return []
     found = sorted((-v, r, c) for r, row in enumerate(values) for c, v in enumerate(row) if v and r != c)
     right = [v for r, row in enumerate(values) if (v := row[r]) is not None]
     if not found or not right or sum(right) <= 0:
         return []
-    pairs = ", ".join(f"{rows[r]} as {columns[c]} ({figure(-v)})" for v, r, c in found[:CONFUSED])
+    told = (lambda v: f"{v:.0f}") if counts else figure
+    pairs = ", ".join(f"{rows[r]} as {columns[c]} ({told(-v)})" for v, r, c in found[:CONFUSED])
     return [f"Largest off the diagonal: {pairs}."]
 
 
