@@ -21,7 +21,7 @@ from nano4m_cli.report._read import Metric
 from nano4m_cli.report.build import build
 
 EVIL = "<script>alert('x')</script>"
-VOID = {"meta", "link", "img", "br", "hr", "input"}
+VOID = {"meta", "link", "img", "br", "hr", "input", "wbr"}
 MODALITIES = ["rgb", "depth", "normal", "caption", "audio"]
 VOCAB = {"rgb": 4375, "depth": 1000, "normal": 1000, "caption": 512, "audio": 1024}
 

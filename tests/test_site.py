@@ -27,7 +27,7 @@ from nano4m_cli.report._figures import cards, scales
 from nano4m_cli.report._figures import figures as figures_of
 from nano4m_cli.report._method import method
 from nano4m_cli.report._read import Result, read_run
-from nano4m_cli.report._words import sentence, skill, verdicts
+from nano4m_cli.report._words import main_figures, reach, sentence, skill, verdicts
 from nano4m_cli.report.site import BUDGET, build_site, render_site
 
 DATA = {
@@ -118,6 +118,14 @@ def test_only_what_beats_its_baseline_is_claimed(tmp_path):
     assert [c.sentence for c in found.weakest] == ["Given rgb alone, no figure of audio beats its baseline."]
     assert [c.subject for c in found.untrained] == ["depth->rgb"], "never called the best: training did not pose it"
     assert [f.metric.name for f in found.nothing] == ["audio->rgb/colour_acc", "rgb->audio/shape_acc"]
+
+
+def test_variants_of_a_figure_do_not_rank_a_direction():
+    found = made(*[metric(f"a->b/{n}", v, chance=0.0, half=0.0) for n, v in (
+        ("r1", 0.5), ("r5", 0.7), ("likelihood_r1", 0.1), ("shape_acc", 0.9), ("shape_acc_pmi", 0.2), ("acc", 0.3))])
+    card = type("C", (), {"figures": found})()
+    assert [f.metric.short for f in main_figures(card)] == ["r1", "r5", "shape_acc", "acc"]
+    assert reach(card) == pytest.approx((0.5 + 0.7 + 0.9 + 0.3) / 4)
 
 
 def test_what_is_known_and_what_is_made_are_told_apart():

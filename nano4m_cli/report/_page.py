@@ -22,7 +22,7 @@ from nano4m_cli.report._numbers import count, duration
 from nano4m_cli.report._plots import Drawn, drawn
 from nano4m_cli.report._read import Inputs, Plot, Result
 from nano4m_cli.report._tradeoffs import Table, tables
-from nano4m_cli.report._words import Verdict, skill, verdicts
+from nano4m_cli.report._words import Verdict, reach, verdicts
 
 HERE = Path(__file__).parent
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -104,9 +104,9 @@ def _map(run: Inputs, all_cards: list[Card]) -> Drawn | None:
     """Return what every pair of modalities reaches as a heat map; None where there are fewer than two of them."""
     found: dict[tuple[str, str], float] = {}
     for card in all_cards:
-        skills = [s for f in card.figures if f.verdict in ("better", "level", "worse") and (s := skill(f)) is not None]
-        if len(card.sources) == 1 and skills:
-            found[card.sources[0], card.target] = max(0.0, sum(skills) / len(skills))
+        value = reach(card)
+        if len(card.sources) == 1 and value is not None:
+            found[card.sources[0], card.target] = max(0.0, value)
     known = [m for m in run.modalities if any(m in pair for pair in found)]
     known += sorted({m for pair in found for m in pair} - set(known))
     if len(found) < 2 or len(known) > MAPPED:
@@ -114,8 +114,8 @@ def _map(run: Inputs, all_cards: list[Card]) -> Drawn | None:
     values: list[list[Any]] = [[found.get((s, t)) for t in known] for s in known]
     out = drawn(Plot(name="directions", title="How far each direction gets", kind="matrix", rows=known, columns=known,
                      values=values, x="target", y="source"))
-    out.words = ["Mean over the figures of a direction: 0 is the baseline, 1 the best that is possible (the ceiling where it is "
-                 "known, what real data reach, or a perfect score). A dot: no figure whose best is known."]
+    out.words = ["Mean over the main figures of a direction: 0 is the baseline, 1 the best that is possible (the ceiling where it "
+                 "is known, what real data reach, or a perfect score). A dot: no figure whose best is known."]
     return out
 
 
@@ -125,13 +125,19 @@ def _environment() -> Environment:
         loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters.update(figure=numbers.figure, count=count, duration=duration, share=numbers.share, arrow=_arrow)
+    env.filters.update(figure=numbers.figure, count=count, duration=duration, share=numbers.share)
+    env.filters.update(arrow=_arrow, softly=_softly)
     env.globals.update(interval=interval, example=EXAMPLE)
     return env
 
 
 def _arrow(text: str) -> str:
     return text.replace("->", "\N{RIGHTWARDS ARROW}")
+
+
+def _softly(name: str) -> Markup:
+    """Return a name that may be broken after its underscores."""
+    return Markup("_<wbr>").join(name.split("_"))
 
 
 @cache

@@ -21,6 +21,7 @@ MOST = 60  # rows or columns that are still drawn
 LISTED = 2600  # cells of the table below a plot, at most
 NAMED = 22  # characters of a label that are shown
 CONFUSED = 6  # pairs told in words
+FEW = 0.25  # shares that are all below this have a scale of their own; the others share one, so that heat maps can be compared
 LINES = COLOURS * 3  # that can be told apart
 
 
@@ -108,7 +109,7 @@ def scale(values: Sequence[float]) -> tuple[float, float, bool]:
         most = max(-low, high)
         return -most, most, True
     if low >= 0:
-        return 0.0, (1.0 if 0.6 < high <= 1 else high or 1.0), False
+        return 0.0, (1.0 if FEW < high <= 1 else high or 1.0), False
     return (low, high, False) if high > low else (low, low + (abs(low) or 1.0), False)
 
 
@@ -192,7 +193,7 @@ def _matrix(plot: Plot, values: list[list[float | None]], out: Drawn) -> None:
                              f"{text}</text>")
             parts.append("</g>")
     parts += _key(left, above + tall + 14, low, high, divided)
-    out.svg, out.wide = Markup("".join([*parts, "</svg>"])), width > 480
+    out.svg, out.wide = Markup("".join([*parts, "</svg>"])), width > 400
     if any(v is None for row in values for v in row):
         out.words.append("A dot: not measured.")
 

@@ -9,7 +9,7 @@ from nano4m_cli.report._figures import Card, Figure, baseline, tally
 from nano4m_cli.report._numbers import finite
 
 ROOM = 0.1  # a share whose best lies nearer to its baseline than this ranks nothing: noise would
-BEST = 3  # directions told as the best, and as the weakest
+BEST, WEAKEST = 6, 3  # directions told as the best (at most half of all), and as the weakest
 BARS = 6  # figures shown of each
 LUCK = 0.025  # of figures that are at their baseline, beat it by their 95 % interval
 
@@ -55,29 +55,46 @@ def skill(f: Figure) -> float | None:
     return max(-1.0, min(1.0, (value - base) / (best - base)))
 
 
+def main_figures(card: Card) -> list[Figure]:
+    """Return the figures of a direction that are no variants of another one there ("acc_pmi" of "acc", "likelihood_r1" of "r1")."""
+    names = {f.metric.short for f in card.figures}
+
+    def variant(short: str) -> bool:
+        rank = re.fullmatch(r".+_(r\d+|mrr)", short)
+        return any(short.startswith(n + "_") for n in names) or (rank is not None and rank[1] in names)
+
+    return [f for f in card.figures if not variant(f.metric.short)]
+
+
+def reach(card: Card) -> float | None:
+    """Return the mean skill of a direction's main figures; None where no figure has one."""
+    skills = [s for f in main_figures(card) if f.verdict in ("better", "level", "worse") and (s := skill(f)) is not None]
+    return sum(skills) / len(skills) if skills else None
+
+
 def verdicts(cards: list[Card]) -> Verdict:
     """Return what a run can do, over all its directions."""
     found = tally(cards)
     judged = [f for v in ("better", "level", "worse") for f in found[v]]
     ranked = []
     for card in cards:
-        skills = [s for f in card.figures if f.verdict in ("better", "level", "worse") and (s := skill(f)) is not None]
-        if card.sources and skills and card.posed.value is not False:
-            ranked.append((sum(skills) / len(skills), card))
+        value = reach(card)
+        if card.sources and value is not None and card.posed.value is not False:
+            ranked.append((value, card))
     ranked.sort(key=lambda one: -one[0])
-    best = [c for s, c in ranked if any(f.verdict == "better" for f in c.figures)][:BEST]
+    best = [c for s, c in ranked if any(f.verdict == "better" for f in c.figures)][: min(BEST, -(-len(ranked) // 2))]
     rest = [(s, c) for s, c in ranked if c not in best]
     return Verdict(
         len(found["better"]), len(judged), LUCK * len(judged),
         [_claim(c, s) for s, c in ranked if c in best],
-        [_claim(c, s, weak=True) for s, c in rest[::-1][:BEST]],
+        [_claim(c, s, weak=True) for s, c in rest[::-1][:WEAKEST]],
         [c for c in cards if c.posed.value is False],
         [*found["level"], *found["worse"]],
     )
 
 
 def _claim(card: Card, value: float, weak: bool = False) -> Claim:
-    known = [f for f in card.figures if f.verdict != "none" and skill(f) is not None]
+    known = [f for f in main_figures(card) if f.verdict != "none" and skill(f) is not None]
     better = sorted((f for f in known if f.verdict == "better"), key=lambda f: -(skill(f) or 0))
     shown = sorted(known, key=lambda f: skill(f) or 0)[:BARS] if weak else better[:BARS]
     return Claim(card, value, sentence(card, better), [f for f in card.figures if any(f is s for s in shown)])
