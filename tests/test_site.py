@@ -115,6 +115,8 @@ def test_only_what_beats_its_baseline_is_claimed(tmp_path):
     assert found.best[0].sentence == "Given audio alone, it makes rgb with the right shape, and finds the right rgb among others " \
         "more often than chance."
     assert [f.metric.short for f in found.best[0].figures] == ["shape_acc", "r5"]
+    assert [f.against for f in found.best[0].figures] == ["0.880 to 0.920, chance 0.300", "0.180 to 0.220, chance 0.050"]
+    assert made(metric("a->b/x", 0.5, chance=0.2, majority=0.4))[0].against == "0.480 to 0.520, majority 0.400"
     assert [c.sentence for c in found.weakest] == ["Given rgb alone, no figure of audio beats its baseline."]
     assert [c.subject for c in found.untrained] == ["depth->rgb"], "never called the best: training did not pose it"
     assert [f.metric.name for f in found.nothing] == ["audio->rgb/colour_acc", "rgb->audio/shape_acc"]
@@ -132,6 +134,9 @@ def test_what_is_known_and_what_is_made_are_told_apart():
     known = made(metric("a+b->caption/colour_acc", 0.9, chance=0.3), probe="class")
     card = type("C", (), {"sources": ("a", "b"), "target": "caption", "figures": known})()
     assert sentence(card, known) == "Given a and b, it knows colour."
+    error = made(metric("a->b/absrel", 0.1, majority=0.4, reference=0.05, higher_is_better=False))
+    card = type("C", (), {"sources": ("a",), "target": "b", "figures": error})()
+    assert sentence(card, error) == "Given a alone, it beats its baseline in absrel of b."
     loss = made(metric("a->b/ce", 1.0, chance=3.0, higher_is_better=False), probe="loss")
     card = type("C", (), {"sources": ("a",), "target": "b", "figures": loss})()
     assert sentence(card, loss) == "Given a alone, it predicts b better than its baseline does."
@@ -275,6 +280,7 @@ def test_the_pages_hold_what_they_promise(one):
     found = {n: p.text for n, p in pages(one).items()}
     for name, texts in {
         "index.html": ("What it does best", "Where it is weakest", "How far each direction gets", "23 of 23 figures",
+                       ", chance 0.167",
                        "The first sample of the split"),
         "probe-retrieval.html": ("Which is taken for which", "Largest off the diagonal: b as a (0.200)", "Reliability",
                                  "audio \N{RIGHTWARDS ARROW} rgb"),

@@ -10,7 +10,8 @@ from nano4m_cli.report._numbers import finite
 
 ROOM = 0.1  # a share whose best lies nearer to its baseline than this ranks nothing: noise would
 BEST, WEAKEST = 6, 3  # directions told as the best (at most half of all), and as the weakest
-BARS = 6  # figures shown of each
+BARS = 5  # figures shown of each
+ASIDE = ("r10", "mrr")  # said already by r1 and r5
 LUCK = 0.025  # of figures that are at their baseline, beat it by their 95 % interval
 
 
@@ -95,6 +96,7 @@ def verdicts(cards: list[Card]) -> Verdict:
 
 def _claim(card: Card, value: float, weak: bool = False) -> Claim:
     known = [f for f in main_figures(card) if f.verdict != "none" and skill(f) is not None]
+    known = [f for f in known if f.metric.short not in ASIDE] or known
     better = sorted((f for f in known if f.verdict == "better"), key=lambda f: -(skill(f) or 0))
     shown = sorted(known, key=lambda f: skill(f) or 0)[:BARS] if weak else better[:BARS]
     return Claim(card, value, sentence(card, better), [f for f in card.figures if any(f is s for s in shown)])
@@ -110,7 +112,7 @@ def sentence(card: Card, better: list[Figure]) -> str:
             (known if f.probe == "class" else made).append(m[1])
         elif m := re.fullmatch(r"r(\d+)", short):
             found = found or f"finds the right {card.target} among others more often than chance"
-        elif short not in ("ce", "bits"):
+        elif short not in ("ce", "bits", *ASIDE):
             rest.append(short.replace("_", " "))
     known, made = list(dict.fromkeys(known)), [a for a in dict.fromkeys(made) if a not in known]
     parts = []
@@ -120,8 +122,8 @@ def sentence(card: Card, better: list[Figure]) -> str:
         parts.append(f"makes {card.target} with the right {_joined(made)}")
     if found:
         parts.append(found)
-    if not parts and rest:
-        parts.append(f"does better than its baseline in {_joined(list(dict.fromkeys(rest))[:3])} of {card.target}")
+    if rest:
+        parts.insert(0, f"beats its baseline in {_joined(list(dict.fromkeys(rest))[:3])} of {card.target}")
     if not parts:
         return f"{given}, no figure of {card.target} beats its baseline." if not better else \
             f"{given}, it predicts {card.target} better than its baseline does."
