@@ -220,11 +220,21 @@ def test_runs_side_by_side(tmp_path):
     assert lines["audio->rgb/r5"].apart == [False, False] and "rgb/psnr" not in lines
     assert any("different versions of the probe: crossmodal" in n for n in found.notes)
     assert any("3 figures that only one" in n for n in found.notes)
-    (space.run("demo") / "eval/compare-demo-other.json").write_text('{"a": 1}')
+    one = {"name": "audio->rgb/r5", "base": 0.1, "other": 0.3, "difference": 0.2, "ci95": [0.1, 0.3], "p_holm": 0.001,
+           "verdict": "other"}
+    figures = [{**one, "probe": "retrieval"}, {**one, "name": "audio->rgb/r1", "verdict": None}]
+    doc = {"kind": "compare", "base": "demo", "runs": [{"run": "demo"}, {"run": "other"}], "samples": 400, "split": "test",
+           "pairs": [{"run": "other", "figures": figures}], "notes": [EVIL]}
+    for name, change in (("demo-vs-other", {}), ("demo-vs-third", {"runs": [{"run": "demo"}, {"run": "third"}]}), ("broken", None)):
+        (tmp_path / f"runs/compare-{name}").mkdir()
+        (tmp_path / f"runs/compare-{name}/compare.json").write_text("{" if change is None else json.dumps({**doc, **change}))
     files = render(space, "demo", "other")
-    assert files["files/demo-compare-demo-other.json"] == b'{"a": 1}'
-    assert 'href="files/demo-compare-demo-other.json"' in files["compare.html"].decode()
-    assert "could not be read" not in files["demo/index.html"].decode()
+    assert json.loads(files["files/compare-demo-vs-other.json"]) == doc and sum(n.startswith("files/") for n in files) == 1
+    text = Page(files["compare.html"].decode()).text
+    for part in ("Of 2 figures other is better in 1 , demo in 0 ; the others", "0.100 to 0.300", EVIL,
+                 "audio\N{RIGHTWARDS ARROW}rgb/r5"):
+        assert part in text, part
+    assert 'href="files/compare-demo-vs-other.json"' in files["compare.html"].decode()
 
 
 # -- pages ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,13 +118,15 @@ def test_muon_is_torchs_muon_bit_for_bit():
 
 
 def test_formats_follow_the_hardware_unless_told(space, monkeypatch):
-    """bf16 that the hardware does not multiply is a hundred times slower than fp32: nothing chooses it by itself."""
+    """bf16 that the hardware does not multiply is a hundred times slower than fp32, and at small widths on a CPU twice: nothing
+    chooses it by itself there."""
     cpu, matrix, one = torch.device("cpu"), torch.randn(2, 24, 40), [torch.nn.Parameter(torch.ones(2, 2))]
     for dtype in (torch.bfloat16, None):
-        for module in ("loop", "optim"):
-            monkeypatch.setattr(f"nano4m_cli.train.{module}.multiplies_bf16", lambda device, able=dtype is not None: able)
-        assert resolve_precision("auto", cpu) is dtype
-        assert resolve_precision("bf16", cpu) is torch.bfloat16 and resolve_precision("fp32", cpu) is None
+        for module in ("compute", "train.optim"):
+            monkeypatch.setattr(f"nano4m_cli.{module}.multiplies_bf16", lambda device, able=dtype is not None: able)
+        assert resolve_precision("auto", cpu, 512) is dtype and resolve_precision("auto", torch.device("cuda"), 64) is dtype
+        assert resolve_precision("auto", cpu, 64) is None
+        assert resolve_precision("bf16", cpu, 64) is torch.bfloat16 and resolve_precision("fp32", cpu, 512) is None
         free, full = Muon(one, 0.1, 0.0), Muon(one, 0.1, 0.0, dtype=torch.float32)
         assert free.orthogonalise(matrix, 5).dtype is (dtype or torch.float32)
         assert full.orthogonalise(matrix, 5).dtype is torch.float32
@@ -544,3 +547,16 @@ def test_golden_losses(by_hand, tmp_path, name):  # noqa: F811
     assert got.keys() == want.keys()
     moved = {k: (want[k], v) for k, v in got.items() if abs(v - want[k]) > 1e-4}
     assert not moved, json.dumps(moved, indent=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_train_alike(space):
+    """Any number of tokens, compiled once; the state keeps its names, so that a run may go on either way."""
+    losses, names = [], []
+    for on in (False, True):
+        made = trainer(space, name=f"compiled-{on}", train__compile=on, train__steps=3)
+        losses.append([made._one_step(made.task.batch(step))["loss"] for step in range(3)])
+        names.append(list(made.model.state_dict()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and names[0] == names[1]
+    assert len({round(x, 6) for x in losses[0]}) == 3

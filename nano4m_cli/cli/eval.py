@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nano4m_cli.cli._comparing import compare_runs
 from nano4m_cli.cli._options import Device, Json, Quiet, Root, names
 from nano4m_cli.cli._probing import list_probes, run_probes
 from nano4m_cli.cli._show import Show
@@ -15,11 +16,11 @@ from nano4m_cli.errors import UsageError
 
 def command(
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="P.KEY=VALUE", help="Options of a probe, where not the default.")
+        list[str] | None, typer.Argument(metavar="P.KEY=VALUE", help="Options of a probe; with --compare: the other runs.")
     ] = None,
     probe: Annotated[
         list[str] | None,
-        typer.Option("--probe", "-p", metavar="P", help="Which one (repeatable; default: all but the costly: decoding)."),
+        typer.Option("--probe", "-p", metavar="P", help="Which one (repeatable; default: all but the costly: decoding, transfer)."),
     ] = None,
     run: Annotated[
         list[str] | None,
@@ -30,6 +31,10 @@ def command(
     report: Annotated[
         bool, typer.Option("--report", help="Run no probe: gallery and report of the results that are there, e.g. of several jobs.")
     ] = False,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option("--compare", metavar="RUN ...", help="Compare evaluated runs, each with the first, sample by sample."),
+    ] = None,
     site: Annotated[
         Path | None,
         typer.Option("--site", metavar="DIR", help="Measure nothing; write pages of evaluated runs for any static host."),
@@ -47,21 +52,30 @@ def command(
     nano4m eval --probe retrieval --limit 200
     nano4m eval --report
     nano4m eval --probe decoding decoding.direction="caption->rgb"
+    nano4m eval --compare demo other another
     nano4m eval --site site --run demo --run digits
 
     --json: {run, report, files, skipped: {PROBE: reason}, results: [{probe, title, metrics: [{name, value, n, ci95,
-    chance, ...}], notes, ...}]}; with --list {probes: {NAME: summary}}; with --site {site, runs, files, bytes}.
+    chance, ...}], notes, ...}]}; with --list {probes: {NAME: summary}}; with --site {site, runs, files, bytes}; with --compare what
+    compare.json holds: {file, base, runs, pairs: [{run, figures: [{name, base, other, difference, ci95, p_holm, ...}]}], ...}.
     """
     show = Show(as_json, quiet)
     if list_:
         list_probes(show, "eval")
     elif site is not None:
-        given = {"--probe": probe, "--split": split, "--limit": limit, "--report": report, "settings": settings}
-        wrong = [name for name, value in given.items() if value]
+        given = {"--probe": probe, "--split": split, "--limit": limit, "--report": report, "--compare": compare}
+        wrong = [name for name, value in {**given, "settings": settings}.items() if value]
         if wrong:
             hint = "evaluate first, then write the site"
             raise UsageError(f"--site measures nothing, so {', '.join(wrong)} cannot go with it", hint)
         _site(show, root, run or [], site)
+    elif compare is not None:
+        unused = [n for n, v in (("--run", run), ("--split", split), ("--limit", limit)) if v is not None]
+        unused += [s for s in settings or [] if "=" in s]
+        if unused:
+            raise UsageError(f"{unused[0]} does not go with --compare, which reads the results that are there",
+                             "evaluate the runs first, then: nano4m eval --compare RUN_A RUN_B")
+        compare_runs(show, root, names([*compare, *(settings or [])]), names(probe))
     elif len(run or []) > 1:
         raise UsageError("one run is evaluated at a time", "only --site takes several")
     else:

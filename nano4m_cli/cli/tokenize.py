@@ -25,6 +25,9 @@ def command(
     shard: Annotated[
         str | None, typer.Option("--shard", metavar="I/N", help="Only the I-th of N shares of the shards, from 0.")
     ] = None,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Only write tokens/manifest.json, for training from an address (data.url).")
+    ] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the tokenizers.")] = False,
     workers: Workers = None,
     dry_run: DryRun = False,
@@ -44,7 +47,7 @@ def command(
     sheet, split, n}}}; with --dry-run {dataset, modalities: {M: {tokenizer, fitted, options, samples}}}; with --check
     {dataset, samples: {SPLIT: {M: n}}, fresh: {M: share}, codes: {M: {used, perplexity: [of each codebook]}}, alignment:
     {SPLIT: {PAIR: {dx, dy, n, own}}}, sheet, findings: [{check, severity, modality, split, shard, n, keys, what, hint}]};
-    with --list {tokenizers: {NAME: summary}}.
+    with --publish {dataset, manifest}; with --list {tokenizers: {NAME: summary}}.
     """
     show = Show(as_json, quiet)
     if list_:
@@ -59,6 +62,13 @@ def command(
 
     folder = Workspace.at(root).dataset(dataset)
     show.say(f"data set: {folder.name} ({folder.path})")
+    if publish:
+        from nano4m_cli.data import stream
+
+        manifest = stream.publish(folder, names(modality) or folder.tokenised())
+        show.line(f"{manifest}: serve {folder.path} anywhere, and train with data.url=ADDRESS")
+        show.document({"dataset": folder.name, "manifest": manifest})
+        return
     from nano4m_cli.train import tokenizing
 
     chosen = tokenizing.choose_modalities(folder, names(modality), brought=check)

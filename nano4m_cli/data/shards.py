@@ -176,13 +176,13 @@ def read_index(path: Path) -> ShardIndex:
     total = path.stat().st_size
     beside = index_path(path)
     if beside.is_file() and beside.stat().st_mtime_ns >= path.stat().st_mtime_ns:
-        index = _beside(path)
+        index = read_beside(path)
         if index is not None and index.tar_bytes == total:
             return index
     return _scan(path)
 
 
-def _beside(path: Path) -> ShardIndex | None:
+def read_beside(path: Path) -> ShardIndex | None:
     """Return what the file beside a shard says; None where it is damaged or missing (the tar is the truth)."""
     try:
         doc = json.loads(index_path(path).read_text())
@@ -215,7 +215,7 @@ class Shard:
             with open(path, "rb") as file:
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.index.tar_bytes else b""
         except (ShardError, OSError) as err:
-            index = _beside(path) if lost_too else None
+            index = read_beside(path) if lost_too else None
             if index is None:
                 raise
             self.index, self.map, self.lost = index, b"", str(getattr(err, "message", err))

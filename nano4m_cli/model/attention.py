@@ -193,6 +193,25 @@ def attend(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask, bac
     return (_Padded.apply(q, k, v, mask, heads) if backend == "padded" else _sdpa(q, k, v, mask, heads)).view(q_TD.shape)
 
 
+def weights(q_TD: Tensor, k_TD: Tensor, heads: int, mask: Mask) -> list[Tensor]:
+    """Return per row of queries its weights (heads, Lq, Lk): softmax(q k / sqrt(head width)), zero where a query may not look.
+
+    To look at what a model attends to: `weights @ v` is `attend` to rounding, row by row and much slower.
+    """
+    out, ks = [], k_TD.split(mask.k.lengths.tolist())
+    blocks = None if mask.block is None else mask.block.split(mask.q.lengths.tolist())
+    for i, q in enumerate(q_TD.split(mask.q.lengths.tolist())):
+        k = ks[i if mask.k_row is None else int(mask.k_row[i])]
+        q_HQW, k_HKW = (x.unflatten(1, (heads, -1)).transpose(0, 1).float() for x in (q, k))
+        score = q_HQW @ k_HKW.transpose(1, 2) * q_HQW.shape[2] ** -0.5
+        if mask.causal is not None and bool(mask.causal[i]):
+            score = score.masked_fill(torch.ones_like(score, dtype=torch.bool).triu(1), -torch.inf)
+        if blocks is not None:
+            score = score.masked_fill(blocks[i][:, None] < blocks[i], -torch.inf)
+        out.append(score.softmax(-1))
+    return out
+
+
 @dataclass
 class Cache:
     """Keys and values of one layer for tokens already read: k, v (S, heads, L, head width), filled from the left."""

@@ -202,7 +202,11 @@ class TokenModel(nn.Module, ABC):
 
     def nll(self, batch: Packed) -> Tensor:
         """Return (Td,) fp32: -log p of each answer, in nats."""
-        return grouped_nll(self.answers(batch), self.head.weight(), batch.dec_ids, batch.group_index, self.layout.sizes)
+        return self.nll_of(batch, self.answers(batch))
+
+    def nll_of(self, batch: Packed, answers_TD: Tensor) -> Tensor:
+        """Return `nll` of answers' vectors that are made."""
+        return grouped_nll(answers_TD, self.head.weight(), batch.dec_ids, batch.group_index, self.layout.sizes)
 
     def modality_sums(self, batch: Packed) -> tuple[Tensor, Tensor]:
         """Return (summed -log p, count), each (M,), per modality of the answers."""

@@ -24,6 +24,8 @@ from nano4m_cli.registry import MODALITIES
 from nano4m_cli.tokenizers._base import Tokenizer, open_tokenizer
 from nano4m_cli.train.run import OpenRun, check_specs
 
+TRAIN_LABELS = 8192  # labels of the train split that are read, at most
+
 
 class Context:
     """A run on one held-out split.
@@ -44,9 +46,11 @@ class Context:
             raise DataError(f"split '{split}' of '{run.dataset.name}' is empty")
         self.ids_NC, self.length_NM = self.tokens.read(np.arange(self.n))
         self._generated: dict[tuple, State] = {}
+        self._decoded: dict[tuple, list[Any]] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
         self._others: dict[str, Context] = {}
         self.limit = limit
+        self.shared: dict[str, Any] = {}  # what one probe made and another uses
 
     @cached_property
     def info(self) -> DatasetInfo:
@@ -86,6 +90,12 @@ class Context:
         """Return labels.json of every sample."""
         raw = Split(self.dataset.raw(self.split))
         return [json.loads(raw.read(i, "labels.json")) for i in range(self.n)]
+
+    @cached_property
+    def train_labels(self) -> list[dict[str, Any]]:
+        """Return labels.json of the train split's first samples."""
+        raw = Split(self.dataset.raw(self.run.config.data.train))
+        return [json.loads(raw.read(i, "labels.json")) for i in range(min(len(raw), TRAIN_LABELS))]
 
     @cached_property
     def _raw(self) -> dict[str, list[Any]]:
@@ -168,23 +178,26 @@ class Context:
         return slot_nll(self.model, self.ids_NC, shown_NC, asked_NC, self.inside_NC)
 
     def candidate_logp(self, shown_NC: np.ndarray, target: str, ids_MS: np.ndarray) -> np.ndarray:
-        """Return (n, M) fp32 for the first n samples: log p of each candidate's ids of a grid or codes target, asked whole
+        """Return (n, M) for the first n samples: log p of each candidate's ids of a grid or codes target, asked whole
         at once, slot by slot independent."""
         columns, parts = self.columns(target), []
-        chunk = chunk_size(self.layout, columns[None])
+        slots = int(columns.sum())
+        chunk = chunk_size(self.layout, (self.columns(*self.names) if self.model.wholly else columns)[None])
         for a in range(0, len(shown_NC), chunk):
             rows = slice(a, a + chunk)
             shown = shown_NC[rows]
-            asked = np.broadcast_to(columns, shown.shape)
+            # A model that sees every slot is asked for all that is not shown; the answers that are not wanted are left.
+            asked = (self.inside_NC[rows] & ~shown) if self.model.wholly else np.broadcast_to(columns, shown.shape)
             packed = self.pack(self.ids_NC[rows], shown, asked)
+            wanted_T = columns[packed.dec_col.cpu().numpy()]
+            place_T = torch.from_numpy(np.cumsum(wanted_T) - 1)
             with torch.inference_mode():
-                logits = self.model(packed)
-                used = [(i, l) for i, l in zip(packed.group_index, logits, strict=True) if i is not None]
-                whole = torch.empty(len(packed.dec_col), used[0][1].shape[1])
-                for index, l in used:
-                    whole[index.cpu()] = l.float().log_softmax(-1).cpu()
-            logp = whole.view(len(shown), -1, whole.shape[1]).numpy()
-            parts.append(logp[:, np.arange(ids_MS.shape[1]), ids_MS].sum(-1))
+                whole = torch.empty(len(shown) * slots, max(self.layout.sizes[g] for g in set(self.layout.group_C[columns])))
+                for index, l in zip(packed.group_index, self.model(packed), strict=True):
+                    if index is not None and wanted_T[int(index[0])]:
+                        whole[place_T[index.cpu()]] = l.float().log_softmax(-1).cpu()
+            logp = whole.view(len(shown), slots, -1).numpy()
+            parts.append(logp[:, np.arange(slots), ids_MS].sum(-1, dtype=np.float64))
         return np.concatenate(parts)
 
     def text_logp(self, sources: Sequence[str], target: str, texts: list[np.ndarray], owner: np.ndarray) -> np.ndarray:
@@ -205,7 +218,7 @@ class Context:
                 who, context = np.unique(owner[some], return_inverse=True)
                 packed = self.pack(self.ids_NC[who], shown_NC[who], asked, (ids, context))
                 with torch.inference_mode():
-                    nll = self.model.nll(packed).cpu().numpy()
+                    nll = self.model.nll(packed).cpu().numpy().astype(np.float64)
                 lengths = asked.sum(1)
                 out[some] = -np.add.reduceat(nll, np.cumsum(lengths) - lengths) / lengths
         return out
@@ -229,9 +242,20 @@ class Context:
 
     def decoded(self, sources: Sequence[str], targets: Sequence[str], modality: str, options: GenerateOptions | None = None,
                 limit: int | None = None) -> list[Any]:
-        """Return the raw values of a generated modality (of the first `limit` samples)."""
-        state = self.generate(sources, targets, options, limit)
-        return state.decode(self.layout, modality, self.tokenizer(modality), CHUNK)
+        """Return the raw values of a generated modality (of the first `limit` samples); kept for other probes."""
+        key = (tuple(sources), tuple(targets), modality, self.sampling(targets, options), limit)
+        if key not in self._decoded:
+            state = self.generate(sources, targets, options, limit)
+            self._decoded[key] = state.decode(self.layout, modality, self.tokenizer(modality), CHUNK)
+        return self._decoded[key]
+
+    def round_trip(self, modality: str, limit: int | None = None) -> list[Any]:
+        """Return what the tokenizer makes of the true ids (of the first `limit` samples); kept for other probes."""
+        key = ("round trip", modality, limit)
+        if key not in self._decoded:
+            ids, tokenizer = self.ids(modality)[:limit], self.tokenizer(modality)
+            self._decoded[key] = [raw for a in range(0, len(ids), CHUNK) for raw in tokenizer.decode(ids[a : a + CHUNK])]
+        return self._decoded[key]
 
 
 def missing(context: Context, *modalities: str) -> str | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import json
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
@@ -88,8 +91,11 @@ def evaluate(
         found = probe.measure(context)
         directions = sorted({m.name.rpartition("/")[0] for m in found.metrics if "->" in m.name})
         posed = {d: context.posed(d) for d in directions}
-        metrics = [m.model_copy(update={"in_distribution": posed[d].value}) if (d := m.name.rpartition("/")[0]) in posed else m
-                   for m in found.metrics]
+        metrics = [
+            m.model_copy(update={"in_distribution": posed[d].value}) if (d := m.name.rpartition("/")[0]) in posed
+            and m.in_distribution is None else m  # a probe that asks several questions for one figure says so itself
+            for m in found.metrics
+        ]
         result = Result(
             probe=name, version=probe.version, title=PROBES.summary(name), split=context.split, seed=seed, run=run.name,
             checkpoint=run.checkpoint.name, data=run.dataset.name, commit=commit(), metrics=metrics, in_distribution=posed,
@@ -119,10 +125,22 @@ def _write_samples(context: Context, metrics: Sequence[Metric], path: Path) -> P
         if m.per_sample is not None and m.setting is None:
             values, weights = m.per_sample
             tensors[m.name], tensors[f"{m.name}/weight"] = (np.ascontiguousarray(x, np.float64) for x in (values, weights))
-    about = {"data": context.dataset.name, "split": context.split, "samples": str(context.n)}
+    about = {"data": context.dataset.name, "split": context.split, "samples": context.n, "seed": context.seed,
+             "checkpoint": context.run.checkpoint.name, **fingerprint(context)}
     with atomic_file(path) as file:
-        file.write(save(tensors, metadata=about))
+        file.write(save(tensors, metadata={"about": json.dumps(about)}))  # one entry: of several, their order is not kept
     return path
+
+
+def fingerprint(context: Context) -> dict[str, Any]:
+    """Return hashes by which two results are known to be of the same samples: of the data set's making and of the keys; and per
+    modality of what its ids mean, without which likelihoods do not compare."""
+    info = context.info
+    short = lambda x: hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:16]  # noqa: E731
+    ids = {s.modality: short(s.model_dump(mode="json", include={"kind", "shape", "vocab_size", "levels", "eos"})
+                             | {"weights": s.tokenizer.weights_sha256}) for s in context.layout.specs}
+    return {"made": short([info.source, info.version, info.options]), "tokens": ids,
+            "keys": short([context.tokens.key(i) for i in range(context.n)])}
 
 
 def _held_out(run) -> str:

@@ -14,7 +14,7 @@ from nano4m_cli.generate.likelihood import CHUNK
 from nano4m_cli.generate.sampler import GenerateOptions, State, chain
 from nano4m_cli.modalities._base import Modality
 from nano4m_cli.probes._context import Context
-from nano4m_cli.probes.crossmodal import estimate
+from nano4m_cli.probes._directions import estimate
 from nano4m_cli.registry import MODALITIES
 
 SHOWN = 4  # first samples of the split

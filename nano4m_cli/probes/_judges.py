@@ -154,14 +154,20 @@ class Judge:
         """Return per attribute the named value's index (N, objects)."""
         return {a: p.argmax(-1) for a, p in self.logp(raws).items()}
 
+    def named(self, raws: Sequence[Any], labels: Sequence[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return per attribute bool (named right, there), each (N, objects), objects in caption order."""
+        said, out = self.judge(raws), {}
+        for a, values in self.attributes.items():
+            index = {v: i for i, v in enumerate(values)}
+            truth = np.full((len(labels), self.objects), -1)
+            for i, label in enumerate(labels):  # what it was never taught it cannot name
+                truth[i, : len(label["objects"])] = [index.get(t[a], len(values)) for t in label["objects"]]
+            out[a] = (said[a] == truth, truth >= 0)
+        return out
+
     def correct(self, raws: Sequence[Any], labels: Sequence[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return per attribute (objects named right, objects there), each (N,), in caption order."""
-        said = self.judge(raws)
-        out = {}
-        for a, values in self.attributes.items():
-            right = [sum(values[said[a][i, o]] == t[a] for o, t in enumerate(l["objects"])) for i, l in enumerate(labels)]
-            out[a] = (np.array(right), np.array([len(l["objects"]) for l in labels]))
-        return out
+        return {a: ((right & there).sum(1), there.sum(1)) for a, (right, there) in self.named(raws, labels).items()}
 
 
 def _real(dataset: DatasetFolder, modality: str, split: str, most: int) -> tuple[list[Any], list[dict]]:

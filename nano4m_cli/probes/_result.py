@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -124,14 +125,22 @@ class Result(Config):
     settings: dict[str, str | int | float | None] = {}
 
 
+@lru_cache(maxsize=8)
+def resamples(n: int, seed: int = 0) -> np.ndarray:
+    """Return (RESAMPLES, n): how often each of n samples is drawn in each bootstrap resample (read only; kept, since most
+    figures of an evaluation are of the same samples)."""
+    drawn = generator(seed, "bootstrap", n).multinomial(n, np.full(n, 1.0 / n), size=RESAMPLES).astype(np.float64)
+    drawn.setflags(write=False)
+    return drawn
+
+
 def ratio_interval(top_N: np.ndarray, bottom_N: np.ndarray, seed: int = 0) -> tuple[float, tuple[float, float]]:
     """Return (sum top / sum bottom, its 95 % bootstrap interval over samples).
 
     Samples are drawn whole, so several objects or pixels of one sample are not taken as independent.
     """
     top, bottom = np.asarray(top_N, dtype=np.float64), np.asarray(bottom_N, dtype=np.float64)
-    n = len(top)
-    weight = generator(seed, "bootstrap", n).multinomial(n, np.full(n, 1.0 / n), size=RESAMPLES)
+    weight = resamples(len(top), seed)
     below = weight @ bottom
     draws = (weight @ top)[below > 0] / below[below > 0]
     low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) else (math.nan, math.nan)

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from nano4m_cli.data.loader import read_specs
 from nano4m_cli.data.shards import Split
 from nano4m_cli.data.sheet import write_sheet
 from nano4m_cli.data.workspace import DatasetFolder
-from nano4m_cli.media_compat import ensure_torchaudio
-from nano4m_cli.probes._images import absrel, angle, psnr
+from nano4m_cli.probes._images import absrel, angle, psnr, ssim
 from nano4m_cli.registry import MODALITIES
 from nano4m_cli.spec import TokenSpec
 from nano4m_cli.tokenizers._base import Tokenizer, codebook_use, open_tokenizer
@@ -38,7 +36,7 @@ def fidelity(tokenizer: Tokenizer, raws: list[Any], ids: list[np.ndarray]) -> di
     if kind == "image" and truth[0].dtype != np.uint8:
         return {"absrel": absrel(made, truth)} if truth[0].ndim == 2 else {"angle": angle(made, truth)}
     if kind in ("image", "video"):
-        return {"psnr": psnr(made, truth), "ssim": _ssim(made, truth)}
+        return {"psnr": psnr(made, truth), "ssim": ssim(made, truth)}
     if kind == "audio":
         out = {}
         if hasattr(tokenizer, "log_mel"):
@@ -51,16 +49,6 @@ def fidelity(tokenizer: Tokenizer, raws: list[Any], ids: list[np.ndarray]) -> di
             out["mel_wave"] = np.array([float((bands(m[None]) - bands(t[None])).abs().mean()) for m, t in pairs])
         return out
     return {"equal": np.array([float(a == b) for a, b in zip(made, truth, strict=True)])}
-
-
-def _ssim(made: list[np.ndarray], truth: list[np.ndarray]) -> np.ndarray:
-    ensure_torchaudio()
-    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-
-    a, b = (torch.from_numpy(np.stack(x)).float() / 255 for x in (made, truth))
-    a, b = (x.flatten(0, 1) if x.ndim == 5 else x for x in (a, b))  # of a video: the mean over its frames
-    a, b = (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2) for x in (a, b))
-    return ssim(a, b, data_range=1.0, reduction="none", sigma=1.0, kernel_size=7).reshape(len(made), -1).mean(1).numpy()
 
 
 def codebook(ids: list[np.ndarray], spec: TokenSpec) -> dict[str, float]:

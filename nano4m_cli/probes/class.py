@@ -1,69 +1,281 @@
-"""Zero-shot attributes from any modality: which wording of the true caption is the most likely one."""
+"""Zero-shot classes from any modality: which caption is the most likely one, word by word and by whole captions of every class."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
+from pydantic import Field
+
+from nano4m_cli.config import Config
+from nano4m_cli.masking._mixture import IN_DISTRIBUTION
+from nano4m_cli.probes import _classes as classes
 from nano4m_cli.probes._base import Probe as Base
-from nano4m_cli.probes._context import Context, missing
-from nano4m_cli.probes._result import Findings, mean_metric
+from nano4m_cli.probes._context import Context
+from nano4m_cli.probes._result import Findings, Metric, Plot, mean_metric
 
 KIND = "eval"
+TEXTS = 24_000  # captions scored per source, at most: where classes are many, of fewer samples
+WIDE = 40  # more classes are no readable matrix
 
 
 class Probe(Base):
+    version = 2  # ties count at expectation; they went to the first value
+
+    class Options(Config):
+        """prior: how much of log p(caption | nothing) is taken off in the figures "..._pmi"."""
+
+        prior: float = Field(1.0, ge=0)
+
     def missing(self, context: Context) -> str | None:
-        if not context.info.attributes:
+        if _label_slot(context):
+            return None
+        if "caption" not in context.names:
+            return "the run has no caption"
+        if "caption" in context.info.brought:
+            return "the captions' tokenizer is not here: alternatives cannot be worded"
+        sources = [s for s in context.names if s != "caption" and context.model.reads([s], "caption")]
+        if not sources:
+            return "the run has no modality to tell a class from, beside the caption"
+        if not context.info.attributes and not classes.labels_of(context):
             return f"data set '{context.dataset.name}' states no attributes"
-        return missing(context, "caption")
+        values = {a: classes.train_share(context, a) for a in classes.labels_of(context)}
+        if values and all(len(v) < 2 for v in values.values()):
+            only = next(v for shares in values.values() for v in shares)
+            return f"there is one class only ('{only}'): nothing to choose from"
+        return None
 
     def measure(self, context: Context) -> Findings:
-        rows, texts, owner = candidates(context)
-        metrics = []
-        for source in context.names:
-            if source == "caption" or not context.model.reads([source], "caption"):
-                continue
-            context.progress(f"class from {source}", context.names.index(source), len(context.names))
-            score = context.text_logp([source], "caption", texts, owner)
-            right: dict[str, np.ndarray] = {a: np.zeros(context.n) for a in context.attributes}
-            asked: dict[str, np.ndarray] = {a: np.zeros(context.n) for a in context.attributes}
-            for sample, attribute, truth, options in rows:
-                right[attribute][sample] += options[int(np.argmax(score[[t for _, t in options]]))][0] == truth
-                asked[attribute][sample] += 1
-            for attribute in context.attributes:
-                if asked[attribute].sum():
-                    value = right[attribute] / np.maximum(asked[attribute], 1)
-                    name = f"{context.direction([source], 'caption')}/{attribute}_acc"
-                    baselines = context.baselines([source], attribute, told=True)
-                    metrics.append(mean_metric(name, value, asked[attribute], **baselines))
-        return Findings(metrics, [
-            "each attribute word of the true caption is replaced by every alternative of the same wording; the other "
-            "words stay as they are, so they may tell (ceilings count that); scores are mean log-likelihood per token of the "
-            "full caption",
-        ])
+        tasks: list[Task] = []
+        notes: list[str] = []
+        if "caption" in context.names and "caption" not in context.info.brought:
+            if context.info.attributes:
+                tasks.append(Words(context))
+                notes.append(
+                    "acc: each attribute word of the true caption is replaced by every alternative of the same wording; the other "
+                    "words stay as they are, so they may tell (ceilings count that)")
+            for attribute in classes.labels_of(context):
+                values, said = classes.prompts(context, attribute)
+                if len(values) > 1:
+                    tasks.append(task := Whole(context, attribute, values, said))
+                    notes.append(
+                        f"{attribute}_top1, _top5: captions of every class of {attribute}, the train split's commonest "
+                        f"(up to {classes.PROMPTS} a class), all compared in full: nothing of the sample's own caption is told"
+                        + ("" if task.n == context.n else f"; the first {task.n} samples"))
+        if _label_slot(context):
+            tasks.append(Label(context))
+        prior = {t: t.prior(context) for t in tasks}
+        metrics: list[Metric] = []
+        plots: list[Plot] = []
+        recalls: dict[str, dict[str, dict[str, list]]] = {}
+        for i, source in enumerate(context.names):
+            for task in tasks:
+                if source == task.target or not context.model.reads([source], task.target):
+                    continue
+                context.progress(f"class from {source}", i, len(context.names))
+                score = task.score(context, source)
+                for q in task.questions(score, prior[task], self.options.prior):
+                    metrics += q.metrics(context, source)
+                    if len(q.values) <= WIDE:
+                        plots.append(q.matrix(source))
+                    recalls.setdefault(q.name, {})[source] = q.recall()
+        plots += [_recall_table(name, found) for name, found in recalls.items()]
+        directions = context.run.directions
+        told = [t for t in dict.fromkeys(t.target for t in tasks) if directions.get(f"->{t}", 0.0) < IN_DISTRIBUTION]
+        notes += [
+            "scores are mean log-likelihoods per token of full captions; equal ones count at expectation; _pmi: less "
+            f"{self.options.prior:g} times what the caption has given nothing (a caption is then not preferred for being common)",
+            "_balanced: mean recall of the classes; _top5 counts the five best",
+            *[f"training did not pose '->{t}': the _pmi figures rest on a question the model does not know" for t in told],
+        ]
+        return Findings(metrics, notes, plots)
 
 
-def candidates(context: Context) -> tuple[list[tuple[int, str, str, list[tuple[str, int]]]], list[np.ndarray], np.ndarray]:
-    """Return (questions, token ids of the texts they compare, the sample each text belongs to).
+def _label_slot(context: Context) -> bool:
+    """Whether labels are a modality of one slot, whose ids are the classes."""
+    if "label" not in context.names or len(context.names) < 2 or not context.model.at_once:
+        return False
+    spec = context.layout.specs[context.names.index("label")]
+    return spec.kind != "sequence" and spec.slots == 1
 
-    A question is (sample, attribute, true value, [(value, index of its text)]); equal texts of a sample are scored once.
+
+@dataclass(frozen=True)
+class Question:
+    """One attribute asked of samples: scores of its values (Q, V), the true ones, and whose they are.
+
+    name: of figures ("shape_acc"); pmi: the prior-corrected scores, or None where no prior can be asked.
     """
-    tokenizer, info = context.tokenizer("caption"), context.info
-    captions = context.raw_captions()
-    rows, strings, owner = [], [], []
-    for i, label in enumerate(context.labels):
-        seen: dict[str, int] = {}
-        for field in label["fields"]:
-            surfaces = info.attributes[field["attribute"]].surfaces
-            begin, end = field["span"]
-            options = []
-            for value in info.attributes[field["attribute"]].values:
-                text = captions[i][:begin] + surfaces[value][field["wording"]] + captions[i][end:]
-                if text not in seen:
-                    seen[text] = len(strings)
-                    strings.append(text)
-                    owner.append(i)
-                options.append((value, seen[text]))
-            truth = label["objects"][field["object"]][field["attribute"]]
-            rows.append((i, field["attribute"], truth, options))
-    return rows, tokenizer.encode(strings), np.array(owner)
+
+    name: str
+    attribute: str
+    target: str
+    values: list[str]
+    truth_Q: np.ndarray
+    owner_Q: np.ndarray
+    score_QV: np.ndarray
+    pmi_QV: np.ndarray | None
+    samples: int
+    told: bool
+
+    def metrics(self, context: Context, source: str) -> list[Metric]:
+        direction = context.direction([source], self.target)
+        base = self._baselines(context, source)
+        out = [self._metric(f"{direction}/{self.name}", self.score_QV, 1, **base)]
+        if self.pmi_QV is not None:
+            out.append(self._metric(f"{direction}/{self.name}_pmi", self.pmi_QV, 1, **base))
+        counts = np.bincount(self.truth_Q, minlength=len(self.values))
+        there = int((counts > 0).sum())
+        weight = 1 / counts[self.truth_Q]
+        hit = classes.hit_at(self.score_QV, self.truth_Q)
+        total = np.bincount(self.owner_Q, weight, self.samples)
+        right = np.bincount(self.owner_Q, weight * hit, self.samples)
+        out.append(mean_metric(f"{direction}/{self.name}_balanced", right / np.where(total > 0, total, 1), total,
+                               chance=base["chance"], majority=1 / there, ceiling=1.0 if base["ceiling"] == 1 else None))
+        if len(self.values) > 5 and self.name.endswith("_top1"):
+            name = f"{direction}/{self.name.removesuffix('1')}5"
+            out.append(self._metric(name, self.score_QV, 5, chance=5 / len(self.values)))
+        return out
+
+    def _metric(self, name: str, score: np.ndarray, k: int, **base) -> Metric:
+        asked = np.bincount(self.owner_Q, minlength=self.samples)
+        right = np.bincount(self.owner_Q, classes.hit_at(score, self.truth_Q, k), self.samples)
+        return mean_metric(name, right / np.maximum(asked, 1), asked, **base)
+
+    def _baselines(self, context: Context, source: str) -> dict[str, float | None]:
+        if self.attribute in context.attributes:
+            return context.baselines([source], self.attribute, told=self.told) | {"chance": 1 / len(self.values)}
+        share = classes.train_share(context, self.attribute) if self.target == "caption" else {}
+        commonest = max(share, key=lambda v: (share[v], v), default=None)
+        majority = float((self.truth_Q == self.values.index(commonest)).mean()) if commonest in self.values else None
+        return {"chance": 1 / len(self.values), "majority": majority, "ceiling": None}
+
+    def matrix(self, source: str) -> Plot:
+        return Plot(
+            name=f"{source} {self.name}", title=f"{self.attribute} from {source}: the chosen value, as shares of each true one",
+            kind="matrix", rows=self.values, columns=self.values, x="chosen", y="true",
+            values=classes.confusion(self.score_QV, self.truth_Q).tolist(),
+        )
+
+    def recall(self) -> dict[str, list]:
+        counts = np.bincount(self.truth_Q, minlength=len(self.values))
+        hit = np.bincount(self.truth_Q, classes.hit_at(self.score_QV, self.truth_Q), len(self.values))
+        return {v: [float(h / n) if n else None, int(n)] for v, h, n in zip(self.values, hit, counts, strict=True)}
+
+
+def _recall_table(name: str, found: dict[str, dict[str, list]]) -> Plot:
+    first = next(iter(found.values()))
+    return Plot(
+        name=f"recall {name}", title=f"Recall of each class ({name}), by source", kind="table", rows=list(first), y="class",
+        columns=["asked", *found], values=[[first[v][1], *(per[v][0] for per in found.values())] for v in first],
+    )
+
+
+class Task:
+    """Texts (or ids) that stand for values, and the questions that their scores answer."""
+
+    def __init__(self, target: str, n: int):
+        self.target, self.n = target, n
+
+    def score(self, context: Context, source: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def prior(self, context: Context) -> np.ndarray | None:
+        raise NotImplementedError
+
+    def questions(self, score: np.ndarray, prior: np.ndarray | None, weight: float) -> list[Question]:
+        raise NotImplementedError
+
+
+class Words(Task):
+    """Every attribute word of the true captions against its alternatives."""
+
+    def __init__(self, context: Context):
+        super().__init__("caption", context.n)
+        self.rows, self.texts, self.owner = classes.questions(context)
+        self.attributes = context.attributes
+
+    def score(self, context: Context, source: str) -> np.ndarray:
+        return context.text_logp([source], "caption", self.texts, self.owner)
+
+    def prior(self, context: Context) -> np.ndarray | None:
+        return classes.prior_of(context, self.texts) if context.model.reads([], "caption") else None
+
+    def questions(self, score: np.ndarray, prior: np.ndarray | None, weight: float) -> list[Question]:
+        out = []
+        for attribute, values in self.attributes.items():
+            rows = [r for r in self.rows if r.attribute == attribute]
+            if not rows or len(values) < 2:
+                continue
+            texts = np.array([r.texts for r in rows])
+            truth = np.array([values.index(r.truth) for r in rows])
+            out.append(Question(
+                f"{attribute}_acc", attribute, "caption", values, truth, np.array([r.sample for r in rows]), score[texts],
+                None if prior is None else (score - weight * prior)[texts], self.n, True,
+            ))
+        return out
+
+
+class Whole(Task):
+    """Captions of every class, of the train split, compared in full; a class is as likely as its captions on average."""
+
+    def __init__(self, context: Context, attribute: str, values: list[str], said: list[list[str]]):
+        flat = [c for captions in said for c in captions]
+        super().__init__("caption", int(min(context.n, max(TEXTS // len(flat), 20))))
+        self.attribute, self.values, self.told = attribute, values, said
+        self.class_P = np.repeat(np.arange(len(values)), [len(c) for c in said])
+        self.prompts = context.tokenizer("caption").encode(flat)
+        truth = classes.labels_of(context)[attribute][: self.n]
+        self.kept = np.flatnonzero([t in values for t in truth])  # a class that training never showed has no caption
+        self.truth = np.array([values.index(truth[i]) for i in self.kept], dtype=np.int64)
+
+    def score(self, context: Context, source: str) -> np.ndarray:
+        owner = np.repeat(self.kept, len(self.prompts))
+        flat = context.text_logp([source], "caption", self.prompts * len(self.kept), owner)
+        return flat.reshape(len(self.kept), -1)
+
+    def prior(self, context: Context) -> np.ndarray | None:
+        return classes.prior_of(context, self.prompts) if context.model.reads([], "caption") else None
+
+    def questions(self, score: np.ndarray, prior: np.ndarray | None, weight: float) -> list[Question]:
+        if not len(self.kept):
+            return []
+        pmi = None if prior is None else self._pooled(score - weight * prior)
+        return [Question(f"{self.attribute}_top1", self.attribute, "caption", self.values, self.truth, self.kept,
+                         self._pooled(score), pmi, self.n, False)]
+
+    def _pooled(self, score_QP: np.ndarray) -> np.ndarray:
+        """Return (Q, V): log of the mean of exp over each class's captions."""
+        parts = [score_QP[:, self.class_P == v] for v in range(len(self.values))]
+        return np.stack([np.log(np.exp(p - p.max(1, keepdims=True)).mean(1)) + p.max(1) for p in parts], 1)
+
+
+class Label(Task):
+    """The ids of a modality of one slot."""
+
+    def __init__(self, context: Context):
+        super().__init__("label", context.n)
+        spec = context.layout.specs[context.names.index("label")]
+        self.size, ids = spec.vocab_size, [int(i[0]) if len(i) else -1 for i in context.ids("label")]
+        self.kept = np.flatnonzero(np.array(ids) >= 0)
+        self.truth = np.array(ids)[self.kept]
+        every = [np.array([v]) for v in range(self.size)]
+        brought = "label" in context.info.brought
+        self.values = [str(v) for v in range(self.size)] if brought else list(context.tokenizer("label").decode(every))
+        known = context.info.determined.get("label", [])
+        self.attribute = known[0] if len(known) == 1 else "label"
+
+    def score(self, context: Context, source: str) -> np.ndarray:
+        return self._ask(context, [source])
+
+    def prior(self, context: Context) -> np.ndarray | None:
+        return self._ask(context, [], 1) if context.model.reads([], "label") else None
+
+    def _ask(self, context: Context, sources: Sequence[str], n: int | None = None) -> np.ndarray:
+        shown = (context.inside_NC & context.columns(*sources))[:n]
+        score = context.candidate_logp(shown, "label", np.arange(self.size)[:, None])
+        return score if n else score[self.kept]
+
+    def questions(self, score: np.ndarray, prior: np.ndarray | None, weight: float) -> list[Question]:
+        pmi = None if prior is None else score - weight * prior
+        return [Question("label_top1", self.attribute, "label", self.values, self.truth, self.kept, score, pmi, self.n, False)]

@@ -2,124 +2,128 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 
-from nano4m_cli.generate.sampler import GenerateOptions
+from nano4m_cli.data.loader import TokenData
 from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context
-from nano4m_cli.probes._images import absrel, angle, psnr
+from nano4m_cli.probes._directions import estimate, heard, plans, sampled_with, train_mean
+from nano4m_cli.probes._images import absrel, angle, angle_figures, delta1, psnr, rmse, ssim
 from nano4m_cli.probes._judges import JUDGED, Judge, open_judge
-from nano4m_cli.probes._result import Findings, Metric, mean_metric
+from nano4m_cli.probes._result import Findings, Metric, Plot, mean_metric
 
 KIND = "eval"
-HEARD = 200  # samples judged by ear: phase reconstruction is the slow part
-# Depth and normals follow from the picture almost surely: their most likely value at once beats sampling.
-LIKELIEST = GenerateOptions(scheme="onepass", temperature=0.0, guidance=1.0)
-
-
-def estimate(context: Context, target: str) -> GenerateOptions:
-    """Return how a picture's depth or normals are best told: by the mean, where codes stand for numbers."""
-    levels = context.layout.specs[context.names.index(target)].levels
-    return GenerateOptions(scheme="mean", guidance=1.0) if levels else LIKELIEST
-
-
-def heard(context: Context, target: str) -> int:
-    """Return how many samples of the split are judged."""
-    return min(HEARD, context.n) if target == "audio" else context.n
 
 
 class Probe(Base):
     version = 2  # depth and normals are told by the mean; they were by the likeliest ids, which stand beside them now
 
     def missing(self, context: Context) -> str | None:
-        able = [t for t in JUDGED if t in context.names and context.info.determined.get(t)]
         shown = set(context.names) - set(context.info.brought)
-        return None if able or {"rgb", "depth"} <= shown else "no modality that a judge could name"
+        able = [t for t in JUDGED if t in shown and context.info.determined.get(t)]
+        return None if able or {"rgb", "depth"} <= shown or {"rgb", "normal"} <= shown else "no modality that a judge could name"
 
     def measure(self, context: Context) -> Findings:
         metrics: list[Metric] = []
+        shown = [n for n in context.names if n not in context.info.brought]  # of others there is nothing to decode or to judge
         for target in JUDGED:
-            if target in context.names and context.info.determined.get(target):
+            if target in shown and context.info.determined.get(target):
                 metrics += self._judged(context, target)
         if "rgb" in context.names:
-            for target, error, unit in (("depth", absrel, ""), ("normal", angle, "degrees")):
-                if target in context.names and context.model.reads(["rgb"], target):
-                    metrics += self._measured(context, target, error, unit)
-            if "rgb_hi" in context.names and context.model.reads(["rgb"], "rgb_hi"):
+            for target in ("depth", "normal"):
+                if target in shown and context.model.reads(["rgb"], target):
+                    context.progress(f"rgb->{target}", 0, 1)
+                    metrics += measured(context, target)
+            if "rgb_hi" in shown and "rgb" in shown and context.model.reads(["rgb"], "rgb_hi"):
                 metrics += self._sharpened(context)
         return Findings(metrics, [
             "judged: share of objects whose attribute an independent classifier names as the sample's labels do, in "
-            "caption order; the classifier saw real samples only, none of this split",
+            "caption order; the classifier saw real samples only, none of this split; recognised: objects of which everything "
+            "that the sources tell is named right",
             "reference: the same figure for the truth after the tokenizer's round trip; judge_*: the classifier on real samples",
-            *[f"{t} was sampled with {', '.join(f'{k} {v}' for k, v in context.sampling([t]).model_dump().items())}"
-              for t in JUDGED if t in context.names],
+            *sampled_with(context, *JUDGED),
             "depth and normals: the expected code values in one pass (likeliest: the most likely ids), against exact "
-            "values; majority: the train split's mean picture",
+            "values; majority: the train split's mean picture; angle_median and shares of pixels are of each sample, then the mean",
+            "token_acc: share of slots whose likeliest id, asked all at once, is the true one; majority: the commonest id of "
+            "each slot in the train split",
+            *(["psnr, ssim of rgb made from others: to the one true picture, of many that the source allows; majority: the train "
+               "split's mean picture"] if "rgb" in context.names else []),
             *(["rgb_hi: psnr of the expected code values in one pass; enlarged_psnr: of rgb made larger (bicubic), which "
                "learned nothing; shrunk_psnr: of the samples made as small as rgb, to rgb"] if "rgb_hi" in context.names else []),
-        ])
+        ], self._plots(context, metrics))
+
+    def _plots(self, context: Context, metrics: list[Metric]) -> list[Plot]:
+        """Return, per judged modality, how often each attribute is named right from each source."""
+        plots = []
+        for target in JUDGED:
+            found = {}
+            for m in metrics:
+                direction, _, what = m.name.rpartition("/")
+                if direction.endswith(f"->{target}") and (what == "recognised" or what.endswith("_acc") and what != "token_acc"):
+                    found.setdefault(direction.partition("->")[0], {})[what.removesuffix("_acc")] = m.value
+            columns = list(dict.fromkeys(c for row in found.values() for c in row))
+            if found:
+                plots.append(Plot(
+                    name=f"judged_{target}", title=f"Share of objects named right in generated {target}", kind="matrix",
+                    rows=list(found), columns=columns, values=[[row.get(c) for c in columns] for row in found.values()],
+                    x="attribute", y="source",
+                ))
+        return plots
 
     def _judged(self, context: Context, target: str) -> list[Metric]:
         judge = open_judge(context.dataset, target, context.progress)
         right = judge.correct(context.raw(target), context.labels)
         metrics = [mean_metric(f"{target}/judge_{a}_acc", r / np.maximum(n, 1), n) for a, (r, n) in right.items()]
-        # Of sound, depth and normals say nothing that the picture does not.
-        sources = [s for s in context.names if s != target and (target != "audio" or s not in ("depth", "normal"))]
-        plans = [[s] for s in sources if context.model.reads([s], target)]
-        if target == "rgb" and {"audio", "caption"} <= set(sources):
-            plans += [p] if context.model.reads(p := ["audio", "caption"], target) else []
-        round_trip = self._round_trip(context, judge, target)
-        for i, plan in enumerate(plans):
-            context.progress(f"{'+'.join(plan)}->{target}", i, len(plans))
+        round_trip, todo = self._round_trip(context, judge, target), plans(context, target)
+        mean = train_mean(context, "rgb") if target == "rgb" and todo else None
+        for i, plan in enumerate(todo):
+            context.progress(f"{'+'.join(plan)}->{target}", i, len(todo))
             metrics += self._direction(context, judge, plan, target, round_trip)
-        if target == "rgb" and ["caption"] in plans and context.split == "test" and context.has_split("test_novel"):
+            if mean is not None:
+                metrics += likeness(context, plan, mean)
+        if target == "rgb" and ["caption"] in todo and context.split == "test" and context.has_split("test_novel"):
             novel = context.on("test_novel")
             there = self._direction(novel, judge, ["caption"], target, self._round_trip(novel, judge, target))
-            metrics += [m.model_copy(update={"name": m.name.replace("_acc", "_acc_novel"), "ceiling": None}) for m in there]
+            metrics += [m.model_copy(update={"name": m.name.replace("_acc", "_acc_novel"), "ceiling": None}) for m in there
+                        if m.name.endswith("_acc")]
         return metrics
 
-    def _round_trip(self, context: Context, judge: Judge, target: str) -> dict[str, float]:
+    def _round_trip(self, context: Context, judge: Judge, target: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         n = heard(context, target)
-        right = judge.correct(context.tokenizer(target).decode(context.ids(target)[:n]), context.labels[:n])
-        return {a: float(r.sum() / n.sum()) for a, (r, n) in right.items()}
+        return judge.named(context.round_trip(target, n), context.labels[:n])
 
     def _direction(
-        self, context: Context, judge: Judge, sources: list[str], target: str, reference: dict[str, float]
+        self, context: Context, judge: Judge, sources: list[str], target: str, reference: dict[str, tuple[np.ndarray, np.ndarray]]
     ) -> list[Metric]:
+        """Return the share of objects named right per attribute, and in all that the sources tell."""
         n = heard(context, target)
-        made = context.decoded(sources, [target], target, limit=n)
+        named = judge.named(context.decoded(sources, [target], target, limit=n), context.labels[:n])
         name = context.direction(sources, target)
-        return [
-            mean_metric(f"{name}/{a}_acc", r / np.maximum(n, 1), n, reference=reference[a], **context.baselines(sources, a))
-            for a, (r, n) in judge.correct(made, context.labels[:n]).items()
+        share = lambda right, there: float((right & there).sum() / there.sum()) if there.any() else None  # noqa: E731
+        metrics = [
+            mean_metric(f"{name}/{a}_acc", (right & there).sum(1) / np.maximum(there.sum(1), 1), there.sum(1),
+                        reference=share(*reference[a]), **context.baselines(sources, a))
+            for a, (right, there) in named.items()
         ]
-
-    def _measured(self, context: Context, target: str, error, unit: str) -> list[Metric]:
-        truth = context.raw(target)
-        how = estimate(context, target)
-        made = context.decoded(["rgb"], [target], target, how)
-        ids = context.ids(target, context.generate(["rgb"], [target], how).ids_BC)  # the likeliest, of the same pass
-        likeliest = error(context.tokenizer(target).decode(ids), truth)
-        own = error(context.tokenizer(target).decode(context.ids(target)), truth)
-        train_mean = np.mean(np.stack(Context(context.run, "train", 1000, 0, context.progress).raw(target)), 0)
-        if target == "normal":
-            train_mean = train_mean / np.maximum(np.linalg.norm(train_mean, axis=-1, keepdims=True), 1e-6)
-        what = "absrel" if target == "depth" else "angle"
-        values = error(made, truth)
-        return [
-            mean_metric(f"rgb->{target}/{what}", values, reference=float(own.mean()), higher_is_better=False, unit=unit,
-                        majority=float(error([train_mean] * len(truth), truth).mean())),
-            mean_metric(f"rgb->{target}/{what}_ratio", values / own.mean(), higher_is_better=False, reference=1.0),
-            mean_metric(f"rgb->{target}/{what}_likeliest_ratio", likeliest / own.mean(), higher_is_better=False, reference=1.0),
-        ]
+        told = [a for a in named if any(a in context.info.determined.get(s, []) for s in sources)]
+        if told:
+            every = lambda of: (np.all([of[a][0] for a in told], 0), of[told[0]][1])  # noqa: E731
+            right, there = every(named)
+            metrics.append(mean_metric(
+                f"{name}/recognised", (right & there).sum(1) / np.maximum(there.sum(1), 1), there.sum(1), ceiling=1.0,
+                chance=float(np.prod([1 / len(judge.attributes[a]) for a in told])), reference=share(*every(reference)),
+            ))
+        return metrics
 
     def _sharpened(self, context: Context) -> list[Metric]:
         """Return how near super-resolution comes to the truth, beside enlarging, and how true it stays to what it was given."""
         small, truth, name = context.raw("rgb"), context.raw("rgb_hi"), "rgb->rgb_hi"
         made = context.decoded(["rgb"], ["rgb_hi"], "rgb_hi", estimate(context, "rgb_hi"))
         drawn = context.decoded(["rgb"], ["rgb_hi"], "rgb_hi")
-        own = psnr(context.tokenizer("rgb_hi").decode(context.ids("rgb_hi")), truth)
+        own = psnr(context.round_trip("rgb_hi"), truth)
         fit = lambda x, like, how: np.asarray(Image.fromarray(x).resize(like.shape[1::-1], how))  # noqa: E731
         enlarged = [fit(s, t, Image.Resampling.BICUBIC) for s, t in zip(small, truth, strict=True)]
         shrunk = [fit(d, s, Image.Resampling.BOX) for d, s in zip(drawn, small, strict=True)]
@@ -128,3 +132,77 @@ class Probe(Base):
             mean_metric(f"{name}/enlarged_psnr", psnr(enlarged, truth), unit="dB"),
             mean_metric(f"{name}/shrunk_psnr", psnr(shrunk, small), unit="dB"),
         ]
+
+
+def likeness(context: Context, sources: list[str], mean: np.ndarray) -> list[Metric]:
+    """Return PSNR and SSIM of generated pictures to the true ones."""
+    truth, name, n = context.raw("rgb"), context.direction(sources, "rgb"), heard(context, "rgb")
+    made, own = context.decoded(sources, ["rgb"], "rgb", limit=n), context.round_trip("rgb", n)
+    return [
+        mean_metric(f"{name}/{what}", error(made, truth), reference=float(error(own, truth).mean()), unit=unit,
+                    majority=float(error([mean] * len(truth), truth).mean()))
+        for what, error, unit in (("psnr", psnr, "dB"), ("ssim", ssim, ""))
+        if what == "psnr" or min(mean.shape[:2]) >= 7  # the window of ssim
+    ]
+
+
+def depth_figures(guess: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    return {"absrel": absrel(guess, truth), "rmse": rmse(guess, truth), "delta1": delta1(guess, truth)}
+
+
+def normal_figures(guess: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    return {"angle": angle(guess, truth), **angle_figures(guess, truth)}
+
+
+# per target: its figures, the first of which is also told as a ratio to the tokenizer's own
+FIGURES = {"depth": depth_figures, "normal": normal_figures}
+UNITS = {"rmse": "m", "angle": "degrees", "angle_median": "degrees"}
+HIGHER = ("delta1", "angle_under")
+
+
+def measured(context: Context, target: str) -> list[Metric]:
+    """Return the errors of depth or normals told from the picture, beside the tokenizer's own and the mean picture's."""
+    figures, name = FIGURES[target], f"rgb->{target}"
+    truth, how = context.raw(target), estimate(context, target)
+    keep = [i for i, t in enumerate(truth) if target != "depth" or (t > 0).any()]  # some depth is known
+    pick = lambda raws: [raws[i] for i in keep]  # noqa: E731
+    truth = pick(truth)
+    state = context.generate(["rgb"], [target], how)
+    ids = context.ids(target, state.ids_BC)  # the likeliest, of the same pass
+    weight = np.zeros(context.n)
+    weight[keep] = 1.0
+
+    def spread(values: np.ndarray) -> np.ndarray:
+        out = np.zeros(context.n)
+        out[keep] = values
+        return out
+
+    made = figures(pick(context.decoded(["rgb"], [target], target, how)), truth)
+    own = figures(pick(context.round_trip(target)), truth)
+    constant = figures([train_mean(context, target)] * len(truth), truth)
+    main = next(iter(made))
+    likeliest = figures(pick(context.tokenizer(target).decode(ids)), truth)[main]
+    metrics = [
+        mean_metric(f"{name}/{what}", spread(values), weight, reference=float(own[what].mean()), unit=UNITS.get(what, ""),
+                    majority=float(constant[what].mean()), higher_is_better=what.startswith(HIGHER))
+        for what, values in made.items()
+    ]
+    metrics += [
+        mean_metric(f"{name}/{what}_ratio", spread(v / own[main].mean()), weight, higher_is_better=False, reference=1.0)
+        for what, v in ((main, made[main]), (f"{main}_likeliest", likeliest))
+    ]
+    return [*metrics, token_accuracy(context, target, state.ids_BC)]
+
+
+def token_accuracy(context: Context, target: str, ids_NC: np.ndarray) -> Metric:
+    """Return the share of slots whose id is the true one, beside always saying each slot's commonest id of the train split."""
+    spec, columns = context.layout.specs[context.names.index(target)], context.layout.slice(target)
+    truth, inside = context.ids_NC[:, columns], context.inside_NC[:, columns]
+    train = TokenData(context.dataset, context.run.config.data.train, context.names)
+    seen = train.read(np.arange(min(len(train), 4000)))[0][:, columns]
+    commonest = np.array([np.bincount(seen[:, c], minlength=spec.vocab_size).argmax() for c in range(seen.shape[1])])
+    share = lambda guess: (inside & (guess == truth)).sum(1) / np.maximum(inside.sum(1), 1)  # noqa: E731
+    return mean_metric(
+        f"rgb->{target}/token_acc", share(ids_NC[:, columns]), inside.sum(1), chance=1.0 / spec.vocab_size,
+        majority=float((inside & (commonest == truth)).sum() / max(inside.sum(), 1)),
+    )

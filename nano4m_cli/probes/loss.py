@@ -1,6 +1,8 @@
-"""Cross-entropy in nats per token, per modality by fixed masks and per direction from a whole source."""
+"""Cross-entropy in nats and bits: by fixed masks, from nothing, from one whole source and from all others to every target."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,58 +10,149 @@ from nano4m_cli.data.loader import TokenData
 from nano4m_cli.masking._base import Key
 from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context
-from nano4m_cli.probes._result import Findings, Metric, mean_metric
+from nano4m_cli.probes._result import Findings, Metric, Plot, mean_metric
+from nano4m_cli.spec import Layout
 
 KIND = "eval"
+FIT = 8192  # train samples that the marginals are counted on, at most
+SHRINK = 32.0  # samples that a column's counts are worth which its vocabulary's frequencies bring in
+NOTHING, OTHERS = "nothing", "all others"
+
+
+class Marginals(NamedTuple):
+    """(N, C): -log p of each id by frequencies of the train split, of its vocabulary and of its slot."""
+
+    unigram: np.ndarray
+    positional: np.ndarray
 
 
 class Probe(Base):
+    version = 2  # directions from nothing and from all others stand beside; the figures that were there are the same
+
     def measure(self, context: Context) -> Findings:
         layout, metrics = context.layout, []
+        marginals = marginal_nll(context)
         shown, asked = context.run.mixture.draw(context.length_NM, Key(context.seed, "eval-mask", np.arange(context.n)))
         nll = context.slot_nll(shown, asked)
-        marginal = unigram_nll(context)
         for spec in layout.specs:
-            columns = layout.slice(spec.modality)
-            metrics.append(_metric(f"{spec.modality}/ce", nll[:, columns], marginal[:, columns], spec.vocab_size))
-        for target in context.names:
-            for source in context.names:
-                if source == target or not context.model.reads([source], target):
-                    continue
-                shown = context.inside_NC & context.columns(source)
-                asked = context.inside_NC & context.columns(target)
-                columns = layout.slice(target)
-                values = context.slot_nll(shown, asked)[:, columns]
-                spec = layout.specs[context.names.index(target)]
-                name = f"{context.direction([source], target)}/ce"
-                metrics.append(_metric(name, values, marginal[:, columns], spec.vocab_size))
+            name, columns = spec.modality, layout.slice(spec.modality)
+            own, there = nll[:, columns], ~np.isnan(nll[:, columns])
+            metrics.append(_metric(f"{name}/ce", own, marginals.unigram[:, columns], spec.vocab_size))
+            metrics.append(_metric(f"{name}/bits", own, marginals.unigram[:, columns], spec.vocab_size, np.log(2)))
+            positional = np.where(there, marginals.positional[:, columns], np.nan)
+            metrics.append(_metric(f"{name}/positional_ce", positional, marginals.unigram[:, columns], spec.vocab_size))
+            for q in range(spec.codebooks if spec.codebooks > 1 else 0):
+                one = np.arange(columns.start + q, columns.stop, spec.codebooks)
+                metrics.append(_metric(f"{name}/ce_codebook{q}", nll[:, one], marginals.unigram[:, one], spec.vocab_size))
+        found = {}
+        plans = [(s, t) for t in context.names for s in sources_of(context, t)]
+        for i, (sources, target) in enumerate(plans):
+            name = context.direction(sources, target)
+            context.progress(f"loss {name}", i, len(plans))
+            values = context.slot_nll(*whole(context, sources, target))[:, layout.slice(target)]
+            spec = layout.specs[context.names.index(target)]
+            one = _metric(f"{name}/ce", values, marginals.unigram[:, layout.slice(target)], spec.vocab_size)
+            metrics.append(one.model_copy(update={"ceiling": ceiling(context, sources, target)}))
+            found[tuple(sources), target] = one.value
+        plots = _plots(context, found, marginals, {m.name: m.value for m in metrics})
         return Findings(metrics, [
-            "chance is the uniform guess over the modality's ids, majority the unigram distribution of the train split",
-            "per modality: masks drawn as in training, with fixed seed; per direction: one whole source, the whole target",
+            "nats per token (bits: the same in bits); chance is the uniform guess over the modality's ids, majority the unigram "
+            "distribution of the train split; positional_ce: its distribution slot by slot, a stronger baseline that knows no "
+            "sample",
+            "per modality: masks drawn as in training, with fixed seed; per direction: whole sources, the whole target; grids "
+            "and codes in one pass, slot by slot independent, text from left to right",
+            "'->target' is from nothing: a model whose training posed no such question answers it by chance or worse",
             *context.model.notes,
-        ])
+        ], plots)
 
 
-def unigram_nll(context: Context) -> np.ndarray:
-    """Return (N, C): -log p of each id under its column's vocabulary frequencies in the train split (add one half)."""
-    layout = context.layout
+def sources_of(context: Context, target: str) -> list[list[str]]:
+    """Return the sources of a target that are asked about: nothing, each other modality, all others."""
+    rest = [n for n in context.names if n != target]
+    plans = [[], *([s] for s in rest), *([rest] if len(rest) > 1 else [])]
+    return [p for p in plans if context.model.reads(p, target)]
+
+
+def whole(context: Context, sources: list[str], target: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return bool (shown_NC, asked_NC): sources shown whole, the target asked whole; samples that lack a source (or the target)
+    are not asked."""
+    has = np.ones(context.n, dtype=bool)
+    for s in sources:
+        has &= context.length_NM[:, context.names.index(s)] > 0
+    return context.inside_NC & context.columns(*sources), context.inside_NC & context.columns(target) & has[:, None]
+
+
+def ceiling(context: Context, sources: list[str], target: str) -> float | None:
+    """Return the lowest possible cross-entropy where the data set knows it: 0 for a label that the sources determine."""
+    told = {a for s in sources for a in context.info.determined.get(s, [])}
+    known = context.info.determined.get(target)
+    one = context.layout.specs[context.names.index(target)].slots == 1
+    return 0.0 if one and known and set(known) <= told else None
+
+
+def marginal_nll(context: Context) -> Marginals:
+    """Return what ids cost under the train split's frequencies: of their vocabulary (add one half), and of their slot, shrunk
+    towards those."""
+    layout: Layout = context.layout
     train = TokenData(context.dataset, context.run.config.data.train, context.names)
-    out = np.zeros(context.ids_NC.shape)
-    ids, length = train.read(np.arange(min(len(train), 8192)))
+    ids, length = train.read(np.arange(min(len(train), FIT)))
     slot = np.concatenate([np.arange(s.slots) for s in layout.specs])
     inside = slot < length[:, layout.modality_C]
+    unigram, positional = np.zeros(context.ids_NC.shape), np.zeros(context.ids_NC.shape)
     for g, (_, _, size) in enumerate(layout.groups):
         columns = np.flatnonzero(layout.group_C == g)
         counts = np.bincount(ids[:, columns][inside[:, columns]], minlength=size) + 0.5
-        out[:, columns] = -np.log(counts / counts.sum())[context.ids_NC[:, columns]]
-    return out
+        share = counts / counts.sum()
+        unigram[:, columns] = -np.log(share)[context.ids_NC[:, columns]]
+        for c in columns:
+            own = np.bincount(ids[inside[:, c], c], minlength=size)
+            p = (own + SHRINK * share) / (own.sum() + SHRINK)
+            positional[:, c] = -np.log(p[context.ids_NC[:, c]])
+    return Marginals(unigram, positional)
 
 
-def _metric(name: str, nll: np.ndarray, marginal: np.ndarray, vocab: int) -> Metric:
+def _metric(name: str, nll: np.ndarray, marginal: np.ndarray, vocab: int, unit: float = 1.0) -> Metric:
     there = ~np.isnan(nll)
     counts = there.sum(1)
     means = np.where(there, nll, 0).sum(1) / np.maximum(counts, 1)
     return mean_metric(
-        name, means, counts, higher_is_better=False, unit="nats", chance=float(np.log(vocab)),
-        majority=float(marginal[there].mean()) if there.any() else None,
+        name, means / unit, counts, higher_is_better=False, unit="nats" if unit == 1 else "bits",
+        chance=float(np.log(vocab) / unit),
+        majority=float(marginal[there].mean() / unit) if there.any() else None,
     )
+
+
+def _plots(context: Context, found: dict, marginals: Marginals, by_name: dict[str, float | None]) -> list[Plot]:
+    """Return the direction matrices, and the baselines of every target in bits."""
+    names = context.names
+    rows = [NOTHING, *names, *([OTHERS] if len(names) > 2 else [])]
+
+    def of(row: str, target: str) -> tuple[str, ...]:
+        return {NOTHING: (), OTHERS: tuple(n for n in names if n != target)}.get(row, (row,))
+
+    values = [[found.get((of(r, t), t)) for t in names] for r in rows]
+    base = {}
+    for t in names:
+        columns = context.layout.slice(t)
+        there = context.inside_NC[:, columns]
+        base[t] = [float(m[:, columns][there].mean()) if there.any() else None for m in marginals]
+    gain = [[None if v is None or not base[t][1] else 1 - v / base[t][1] for t, v in zip(names, row, strict=True)]
+            for row in values]
+    bits = lambda v: None if v is None else v / np.log(2)  # noqa: E731
+    table = []
+    for t, spec in zip(names, context.layout.specs, strict=True):
+        direct = [found.get(((s,), t)) for s in names if s != t]
+        direct = [v for v in direct if v is not None]
+        table.append([bits(v) for v in (
+            float(np.log(spec.vocab_size)), *base[t], by_name[f"{t}/ce"], found.get(((), t)), min(direct, default=None),
+            found.get((of(OTHERS, t), t)) if len(names) > 2 else None,
+        )])
+    return [
+        Plot(name="directions", title="Cross-entropy of the whole target given the whole source (nats per token)", kind="matrix",
+             rows=rows, columns=names, values=values, x="target", y="source"),
+        Plot(name="gains", title="Share of the positional marginal's cross-entropy that the source takes away", kind="matrix",
+             rows=rows, columns=names, values=gain, x="target", y="source"),
+        Plot(name="bits", title="Bits per token, from knowing nothing to knowing all others", kind="table", rows=names,
+             columns=["uniform", "unigram", "positional marginal", "training masks", "from nothing", "best single source", OTHERS],
+             values=table, x="bits per token", y="target"),
+    ]

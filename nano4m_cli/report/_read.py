@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -153,6 +153,53 @@ class Data(_Loose):
     ceilings: dict[str, dict[str, float | None]] = {}
     pairing: str = ""
     notes: str = ""
+
+
+class Difference(_Loose):
+    """One figure of two runs over the same samples; verdict: the run that is better after correction, if they can be told apart."""
+
+    probe: str = ""
+    name: str
+    unit: str = ""
+    base: float | None = None
+    other: float | None = None
+    difference: float | None = None
+    ci95: tuple[float | None, float | None] | None = None
+    p_holm: float | None = None
+    verdict: str | None = None
+
+
+class Against(_Loose):
+    run: str
+    figures: list[Difference] = []
+
+
+class Named(_Loose):
+    run: str
+
+
+class Paired(_Loose):
+    """What `runs/compare-.../compare.json` holds: runs against the first of them."""
+
+    base: str
+    split: str = ""
+    samples: int | None = None
+    runs: list[Named]
+    pairs: list[Against] = []
+    notes: list[str] = []
+
+
+def read_comparisons(runs: Path, names: Sequence[str]) -> list[tuple[Path, Paired]]:
+    """Return the comparisons in a folder of runs that are among the named ones only; what cannot be read is none."""
+    found = []
+    for path in sorted(runs.glob(f"{COMPARED}-*/{COMPARED}.json")):
+        try:
+            one = build(Paired, _json(path), str(path))
+        except (Nano4MError, OSError, ValueError, RecursionError):
+            continue
+        if {r.run for r in one.runs} <= set(names):
+            found.append((path, one))
+    return found
 
 
 @dataclass

@@ -18,7 +18,7 @@ from nano4m_cli.report._cards import data_card, model_card
 from nano4m_cli.report._compare import compared
 from nano4m_cli.report._media import Beside, ShownGallery, show
 from nano4m_cli.report._page import View, asset, page, parts, view
-from nano4m_cli.report._read import COMPARED, Inputs, read_run
+from nano4m_cli.report._read import COMPARED, Inputs, Paired, read_comparisons, read_run
 
 BUDGET = 15_000_000  # bytes of all files
 MANIFEST = "site.json"
@@ -149,8 +149,8 @@ def _slugs(names: Sequence[str]) -> list[str]:
 def _files(runs: list[_Run]) -> dict[str, bytes]:
     files = {"assets/style.css": asset("style.css").encode(), "assets/filter.js": asset("filter.js").encode(), ".nojekyll": b""}
     several = len(runs) > 1
-    documents = _comparisons(runs) if several else {}
-    files |= documents
+    paired = _comparisons(runs) if several else []
+    files |= {name: path.read_bytes() for name, path, _ in paired}
     for r in runs:
         files |= _pages(r, several)
         rows = [row for group in r.gallery.groups.values() for row in group]
@@ -164,7 +164,7 @@ def _files(runs: list[_Run]) -> dict[str, bytes]:
         comparison = compared([(r.shown.name, r.run) for r in runs])
         files["compare.html"] = page(
             "site/compare.html.j2", False, **_around(top, "compare.html", ""), name="Runs compared", comparison=comparison,
-            documents=[(n.split("/")[-1], quote(n)) for n in documents])
+            paired=[(quote(name), one) for name, _, one in paired])
     listed = sorted([*files, MANIFEST])
     files[MANIFEST] = json.dumps({"made_by": MARK, "files": listed}, indent=1).encode()
     return files
@@ -237,10 +237,9 @@ def _hashes(run: Inputs) -> list[tuple[str, str]]:
     return found
 
 
-def _comparisons(runs: list[_Run]) -> dict[str, bytes]:
-    """Return the files that compare these runs pairwise, as they were written beside the results."""
-    out: dict[str, bytes] = {}
-    for r in runs:
-        for path in sorted((r.run.folder / "eval").glob(f"{COMPARED}*.json")):
-            out[f"files/{r.slug}-{re.sub(r'[^A-Za-z0-9._-]+', '-', path.name)}"] = path.read_bytes()
-    return out
+def _comparisons(runs: list[_Run]) -> list[tuple[str, Path, Paired]]:
+    """Return (name in the site, file, what it holds) of each comparison of these runs over the same samples."""
+    names = [r.run.folder.resolve().name for r in runs]
+    found = read_comparisons(runs[0].run.folder.resolve().parent, names)
+    slugs = _slugs([path.parent.name for path, _ in found])
+    return [(f"files/{slug}.json", path, one) for slug, (path, one) in zip(slugs, found, strict=True)]

@@ -24,16 +24,17 @@ class Feed:
 
     Args:
         workers: processes that make them ahead (0: none). minutes: how long a step's may take to come.
-        move: brings them to where they are computed.
+        move: brings them to where they are computed. pin: whether they are made in pinned memory, where there are workers.
     """
 
-    def __init__(self, task: Source, steps: range, workers: int, minutes: float, move: Callable[[list[Any]], list[Any]]):
+    def __init__(self, task: Source, steps: range, workers: int, minutes: float, move: Callable[[list[Any]], list[Any]],
+                 pin: bool = False):
         self.task, self.next, self.minutes, self.move = task, steps.start, minutes, move
         self._processes: Any = None
         if workers:
             loader = torch.utils.data.DataLoader(
                 _Steps(task), batch_size=None, sampler=list(steps), num_workers=workers, prefetch_factor=4,
-                worker_init_fn=_leave_signals, timeout=60 * minutes,
+                worker_init_fn=_leave_signals, timeout=60 * minutes, pin_memory=pin,
             )
             self._processes = iter(loader)
             self._parts: Iterator[Any] = self._processes

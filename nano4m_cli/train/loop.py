@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from nano4m_cli import dist
-from nano4m_cli.compute import multiplies_bf16
+from nano4m_cli.compute import pays_bf16
 from nano4m_cli.data._atomic import atomic_file
 from nano4m_cli.errors import CheckpointError, TrainingError
+from nano4m_cli.model.layers import compile_blocks
 from nano4m_cli.rng import torch_seed
 from nano4m_cli.train import checkpoint
 from nano4m_cli.train.config import TrainConfig
@@ -89,9 +90,9 @@ class Stopped(Exception):
         self.speaks = dist.rank() == 0  # one process of a run says so
 
 
-def resolve_precision(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return the autocast dtype, or None for fp32. auto: bf16 where the hardware multiplies it."""
-    bf16 = multiplies_bf16(device.type) if precision == "auto" else precision == "bf16"
+def resolve_precision(precision: str, device: torch.device, width: int) -> torch.dtype | None:
+    """Return the autocast dtype, or None for fp32. auto: bf16 where it is quicker for a model of this width (0: of none)."""
+    bf16 = pays_bf16(device.type, width) if precision == "auto" else precision == "bf16"
     return torch.bfloat16 if bf16 else None
 
 
@@ -110,13 +111,16 @@ class Trainer:
         self.header = header or {}
         self.callback = callback or (lambda record: None)
         self.model = task.model.to(self.device)
+        if config.compile:
+            compile_blocks(self.model)
         self.parallel = arrange(task, config, self.device)
         self.optimizers = build_optimizers(self.model, config)
         self.critic: nn.Module | None = getattr(task, "critic", None)
         if self.critic is not None:
             self.critic.to(self.device)
             self.optimizers += build_optimizers(self.critic, config)
-        self.dtype = resolve_precision(config.precision, self.device)
+        width = getattr(getattr(self.model, "config", None), "width", 0)
+        self.dtype = resolve_precision(config.precision, self.device, width)
         self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()} if config.ema else None
         self.step = 0
         self._window: list[dict[str, float]] = []  # figures since the last record
@@ -390,7 +394,8 @@ class Trainer:
 
     def _loader(self) -> Feed:
         """Return what gives the parts of every step to come."""
-        return Feed(self.task, range(self.step, self.c.steps), self.c.workers, self.c.timeout, self._move)
+        cuda = self.device.type == "cuda"
+        return Feed(self.task, range(self.step, self.c.steps), self.c.workers, self.c.timeout, self._move, pin=cuda)
 
     def _move(self, parts: list[Any]) -> list[Any]:
         return parts if self.device.type == "cpu" else [p.to(self.device) for p in parts]

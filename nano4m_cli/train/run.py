@@ -17,6 +17,7 @@ from nano4m_cli import __version__, dist
 from nano4m_cli.config import dump_yaml, load_yaml
 from nano4m_cli.data._atomic import atomic_file, write_json
 from nano4m_cli.data.loader import TokenData
+from nano4m_cli.data.stream import cache_of, open_remote
 from nano4m_cli.data.workspace import DatasetFolder, Workspace
 from nano4m_cli.errors import CheckpointError, ConfigError, DataError
 from nano4m_cli.masking._mixture import MaskReport, Mixture
@@ -34,8 +35,11 @@ from nano4m_cli.train.loop import StepRecord, Stopped, Trainer
 from nano4m_cli.train.tasks import FourMTask
 
 # Settings of a run that do not change what it computes; a resume may change them.
-FREE = ("log_every", "checkpoint_every", "keep", "keep_every", "keep_best", "save_async", "workers", "parallel", "recompute",
-        "timeout", "stall", "sinks", "log_keys")
+FREE = {
+    "train": ("log_every", "checkpoint_every", "keep", "keep_every", "keep_best", "save_async", "workers", "parallel", "recompute",
+              "timeout", "stall", "sinks", "log_keys"),
+    "data": ("skip_broken", "url", "cache", "cache_gb", "wait"),
+}
 STOPPED = "stopped.json"  # lies in a run's folder from a stop by a signal until the run goes on
 DRY_SAMPLES = 8192
 MODELS: dict[str, type[TokenModel]] = {
@@ -68,14 +72,15 @@ def prepare(config: RunConfig, workspace: Workspace) -> Prepared:
         chosen = chosen.model_copy(update={
             "dataset": chosen.dataset or before.data.dataset, "modalities": chosen.modalities or before.data.modalities,
         })
-    dataset = workspace.dataset(chosen.dataset)
+    dataset = open_remote(chosen.url, workspace, chosen.dataset) if chosen.url else workspace.dataset(chosen.dataset)
+    cache = cache_of(dataset, chosen.cache, chosen.cache_gb, chosen.wait)
     modalities = chosen.modalities or _in_order(dataset)
     if not modalities:
         raise DataError(f"data set '{dataset.name}' has no tokens", "run 'nano4m tokenize' first")
-    train = TokenData(dataset, config.data.train, modalities, config.data.skip_broken)
+    train = TokenData(dataset, config.data.train, modalities, config.data.skip_broken, cache)
     # A data set without the usual val split still trains; a split that was named must be there.
     has_val = config.data.val != "val" or dataset.tokens(modalities[0], "val").is_dir()
-    val = TokenData(dataset, config.data.val, modalities) if has_val else None
+    val = TokenData(dataset, config.data.val, modalities, cache=cache) if has_val else None
     torch.manual_seed(torch_seed(config.seed, "init"))
     model = MODELS[config.task](config.model, train.layout)
     # The data set and modalities that were chosen are part of the run from here on.
@@ -190,7 +195,7 @@ def _differences(before: dict, config: RunConfig) -> list[str]:
     def walk(a: Any, b: Any, path: tuple[str, ...]) -> list[str]:
         if isinstance(a, dict) and isinstance(b, dict):
             return [d for k in {**a, **b} for d in walk(a.get(k), b.get(k), (*path, k))]
-        if a == b or path == ("data", "skip_broken") or (len(path) == 2 and path[0] == "train" and path[1] in FREE):
+        if a == b or (len(path) == 2 and path[1] in FREE.get(path[0], ())):
             return []
         return [f"{'.'.join(path)}: {a} -> {b}"]
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from nano4m_cli import dist
 from nano4m_cli.data.loader import SampleOrder, TokenData
+from nano4m_cli.data.stream_order import StreamOrder
 from nano4m_cli.errors import ConfigError, DataError, did_you_mean
 from nano4m_cli.masking._base import Key
 from nano4m_cli.masking._blocks import draw_blocks
 from nano4m_cli.masking._mixture import Mixture
 from nano4m_cli.model.base import TokenModel
-from nano4m_cli.model.batch import Packed, pack
+from nano4m_cli.model.batch import Packed, pack, sender
 from nano4m_cli.rng import bits
 from nano4m_cli.tokenizers._base import GradientTokenizer, codebook_use
 from nano4m_cli.train.config import RunConfig, TrainConfig
@@ -37,8 +38,15 @@ class Part:
     answers_M: Tensor
     skipped: tuple[str, ...] = ()
 
+    def each(self, do: Callable[[Tensor], Tensor]) -> Part:
+        return replace(self, packed=self.packed.each(do), answers_M=do(self.answers_M))
+
     def to(self, device) -> Part:
-        return replace(self, packed=self.packed.to(device), answers_M=self.answers_M.to(device))
+        return self.each(sender(device))
+
+    def pin_memory(self) -> Part:
+        """Return the part in pinned memory: what loaders ask of a batch that goes to CUDA."""
+        return self.each(torch.Tensor.pin_memory)
 
 
 def check_divides(train: TrainConfig, ranks: int) -> None:
@@ -87,7 +95,13 @@ class FourMTask:
         self.mixture = Mixture(config.masking, self.layout)
         if not len(train):
             raise DataError(f"split '{train.name}' of data set '{train.dataset.name}' is empty")
-        self.order = SampleOrder(len(train), config.seed)
+        data = config.data
+        self.order = train.order(config.seed, config.train.batch, data.lanes, data.window)
+        if isinstance(self.order, StreamOrder):
+            self.order.rows(rank, ranks)  # an error now rather than later
+            if data.skip_broken:
+                hint = "leave data.skip_broken out: shards that come are checked by their sha256"
+                raise ConfigError("data.skip_broken needs shards that are here", hint)
         self._val: tuple[list[Part], bool] | None = None
 
     def _counters(self, step: int) -> np.ndarray:
@@ -118,11 +132,19 @@ class FourMTask:
         counter, parts = self._counters(step), self.config.train.accumulate
 
         def mine(tokens_B: np.ndarray) -> list[np.ndarray]:
-            return np.array_split(deal(tokens_B, self.ranks)[self.rank], parts)
+            return np.array_split(self._mine(tokens_B, step), parts)
 
         index, skipped = self._readable(step)
         parts = self._parts(self.train, index, Key(self.config.seed, "mask", counter), mine)
         return [replace(parts[0], skipped=tuple(skipped.values())), *parts[1:]] if skipped else parts
+
+    def _mine(self, tokens_B: np.ndarray, step: int) -> np.ndarray:
+        """Return the places of this rank's samples in a step's batch; of a stream, those of its own lanes."""
+        if isinstance(self.order, StreamOrder):
+            rows = self.order.rows(self.rank, self.ranks)
+            self.train.soon(self.order.ahead(rows, step))
+            return rows
+        return deal(tokens_B, self.ranks)[self.rank]
 
     def _readable(self, step: int) -> tuple[np.ndarray, dict[int, str]]:
         """Return the samples of a step, and what was wrong with those that others stand for, by place.
@@ -193,7 +215,7 @@ class FourMTask:
         index = self.order.at(counter) if planned else self._readable(step)[0]
         if self.ranks > 1:
             shown, asked = self.mixture.draw(self.train.lengths(index), Key(self.config.seed, "mask", counter))
-            index = index[deal(shown.sum(1) + asked.sum(1), self.ranks)[self.rank]]
+            index = index[self._mine(shown.sum(1) + asked.sum(1), step)]
         return index
 
     def keys(self, step: int) -> list[str]:
