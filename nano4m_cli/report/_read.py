@@ -18,7 +18,7 @@ from nano4m_cli.train.checkpoint import checkpoints
 from nano4m_cli.train.run import metrics
 
 T = TypeVar("T")
-COMPARED = "compare"  # what files that compare runs are named by; they are no results of one
+COMPARED = "compare"  # what files that compare runs are named by
 
 
 class _Loose(Config):
@@ -273,8 +273,6 @@ def read_run(folder: Path, data: Path | None = None) -> Inputs:
     found = attempt(folder / "metrics.jsonl", lambda p: metrics(p.parent)) or []
     out.records = [r for r in found if isinstance(r, dict)]
     for path in sorted((folder / "eval").glob("*.json")):
-        if path.name.startswith(COMPARED):
-            continue
         result = attempt(path, lambda p: build(Result, _json(p), str(p)))
         if result is not None:
             out.results.append(result)

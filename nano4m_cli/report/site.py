@@ -18,7 +18,7 @@ from nano4m_cli.report._cards import data_card, model_card
 from nano4m_cli.report._compare import compared
 from nano4m_cli.report._media import Beside, ShownGallery, show
 from nano4m_cli.report._page import View, asset, page, parts, view
-from nano4m_cli.report._read import COMPARED, Inputs, Paired, read_comparisons, read_run
+from nano4m_cli.report._read import Inputs, Paired, read_comparisons, read_run
 
 BUDGET = 15_000_000  # bytes of all files
 MANIFEST = "site.json"
@@ -59,7 +59,7 @@ class _Run:
 
 def evaluated(workspace: Workspace) -> list[Path]:
     """Return the folders of all runs that have results, newest first; none is a DataError."""
-    found = [p for p in workspace.runs() if any(f for f in (p / "eval").glob("*.json") if not f.name.startswith(COMPARED))]
+    found = [p for p in workspace.runs() if any((p / "eval").glob("*.json"))]
     if not found:
         raise DataError(f"no evaluated run in {workspace.root / 'runs'}", "run 'nano4m eval' first, or name runs with --run")
     return found
