@@ -334,7 +334,7 @@ class Studio:
                     raise UsageError(f"keep {name}:{region}: a step keeps parts of pictures, sounds and videos")
                 regions.setdefault(name, []).append(region)
             said = step.model_fields_set | out.request.model_fields_set
-            chosen = {o for o in WHY_IDLE if getattr(options, o) not in (None, 1.0, 0, ())}
+            chosen = {o for o in WHY_IDLE if getattr(options, o) not in (None, (), 0, {"guidance": 1.0, "repetition": 1.0}.get(o))}
             given |= chosen
             useful |= chosen - set.intersection(*(idle(options, self.spec[target].kind) for target in step.to))
             asked = "steps" in said and isinstance(options.schedule, str) and options.scheme in ("auto", "roar", "maskgit")
