@@ -278,7 +278,7 @@ def test_probes_say_what_one_modality_lacks(play, one_thread):  # noqa: F811
     start(prepare(config(play.root, name="lm", train__steps=2), play), False, "cpu", lambda record: None)
     done = evaluate(play, "lm", limit=8)
     assert {r.probe for r in done.results} >= {"loss", "tokenizer"} and done.report.is_file()
-    assert {m.name for m in done.results[0].metrics} == {"text/ce"}
+    assert "text/ce" in {m.name for r in done.results for m in r.metrics}
     assert done.skipped.items() >= {
         "class": "data set 'play' states no attributes",
         "crossmodal": "no modality that a judge could name",
