@@ -16,7 +16,8 @@ from nano4m_cli.errors import UsageError
 
 def command(
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="P.KEY=VALUE", help="Options of a probe; with --compare: the other runs.")
+        list[str] | None,
+        typer.Argument(metavar="P.KEY=VALUE", help="Options of a probe, where not the default; with --compare: the other runs."),
     ] = None,
     probe: Annotated[
         list[str] | None,
