@@ -22,9 +22,13 @@ from collections.abc import Iterable
 
 
 class Nano4MError(Exception):
-    """An error for users: what is wrong with which thing, and what to do about it."""
+    """An error for users: what is wrong with which thing, and what to do about it.
+
+    said: another process of the run says it.
+    """
 
     exit_code = 1
+    said = False
 
     def __init__(self, message: str, hint: str | None = None):
         super().__init__(message)

@@ -62,28 +62,30 @@ def caption(colour: str, number: int) -> str:
     return f"a {colour} thing, number {number}"
 
 
-def make_world(root, classes: int = 8, members: int = 8, pairing: str = "instance", splits=None) -> World:
+def make_world(root, classes: int = 8, members: int = 8, pairing: str = "instance", splits=None, label: bool = False) -> World:
     """Write the data set: rgb a grid of 2 x 3, audio of 3 frames x 2 codebooks, captions of true length, one id a character.
 
     Args:
         splits: kinds of each split's samples (default: train shows every kind twice, val and test once). Kind k is member
             k % members of class k // members.
+        label: whether the class is a modality of its own as well, of one slot.
     """
     kinds = classes * members
     order = np.arange(kinds)
     given = {"train": np.tile(order, 2), "val": order, "test": order} if splits is None else splits
     splits = {s: np.asarray(k, dtype=np.int64) for s, k in given.items()}
+    names = [*MODALITIES, *(["label"] if label else [])]
     dataset = DatasetFolder(root / "data" / "known")
     objects = [{"colour": COLOURS[k // members], "number": str(k % members)} for k in range(kinds)]
     said = [caption(o["colour"], int(o["number"])) for o in objects]
     write_json(dataset.info_path, {
-        "name": "known", "source": "scenes", "options": {}, "version": 1, "modalities": list(MODALITIES),
-        "brought": ["rgb", "audio"], "splits": {s: len(k) for s, k in splits.items()},
+        "name": "known", "source": "scenes", "options": {}, "version": 1, "modalities": names,
+        "brought": [m for m in names if m != "caption"], "splits": {s: len(k) for s, k in splits.items()},
         "attributes": {
             "colour": {"values": COLOURS[:classes], "surfaces": {c: [c] for c in COLOURS[:classes]}},
             "number": {"values": [str(m) for m in range(members)], "surfaces": {str(m): [str(m)] for m in range(members)}},
         },
-        "determined": {m: ["colour", "number"] for m in MODALITIES}, "pairing": pairing,
+        "determined": {m: ["colour", "number"] for m in MODALITIES} | {"label": ["colour"]}, "pairing": pairing,
     })
     for split, chosen in splits.items():
         for shard in range(-(-len(chosen) // SHARD)):
@@ -93,7 +95,7 @@ def make_world(root, classes: int = 8, members: int = 8, pairing: str = "instanc
                     fields = [{"attribute": a, "object": 0, "wording": 0,
                                "span": [at := said[kind].index(objects[kind][a], 2), at + len(objects[kind][a])]}
                               for a in ("colour", "number")]
-                    labels = {"objects": [objects[kind]], "fields": fields}
+                    labels = {"objects": [objects[kind]], "fields": fields, "labels": objects[kind]}
                     yield f"{split}-{i:08d}", {"caption.txt": said[kind].encode(), "labels.json": json.dumps(labels).encode()}
 
             write_shard(dataset.raw(split) / shard_name(shard), samples())
@@ -110,12 +112,16 @@ def make_world(root, classes: int = 8, members: int = 8, pairing: str = "instanc
     for ids in codes.values():
         ids[:, 0], ids[:, 1] = order // members, order % members
     ids_of = {m: list(c) for m, c in codes.items()} | {"caption": text.encode(said)}
-    for spec in (rgb, audio, text.spec()):
+    specs = [rgb, audio, text.spec()]
+    if label:
+        ids_of["label"] = [np.array([k // members]) for k in order]
+        specs.append(TokenSpec(modality="label", kind="grid", shape=(1, 1), vocab_size=classes))
+    for spec in specs:
         for split, chosen in splits.items():
             write_tokens(dataset, split, len(chosen), spec, lambda i, s=spec, c=chosen: ids_of[s.modality][int(c[i])])
-    layout = Layout([read_spec(dataset.spec_path(m)) for m in MODALITIES])
+    layout = Layout([read_spec(dataset.spec_path(m)) for m in names])
     ids_KC, inside_KC = np.zeros((kinds, layout.columns), np.int64), np.zeros((kinds, layout.columns), bool)
-    for m in MODALITIES:
+    for m in names:
         first = layout.slice(m).start
         for k, ids in enumerate(ids_of[m]):
             ids_KC[k, first : first + len(ids)], inside_KC[k, first : first + len(ids)] = ids, True
@@ -253,11 +259,11 @@ class Memoriser(Perfect):
         return torch.where(torch.from_numpy(seen_T)[:, None], super().answers(batch), torch.zeros(()))
 
 
-def known_run(model: TokenModel, masking=None, modalities=MODALITIES) -> OpenRun:
+def known_run(model: TokenModel, masking=None) -> OpenRun:
     """Return a run of the predictor's world, as `open_run` would."""
     world = model.world
     config = parse_run_config({
-        "name": "known", "data": {"dataset": "known", "modalities": list(modalities)}, "masking": masking or POSED,
+        "name": "known", "data": {"dataset": "known", "modalities": model.layout.names}, "masking": masking or POSED,
         "model": {"size": "d1-1w16", "head_width": 16},
     }, "known")
     path = world.workspace.root / "runs" / "known"

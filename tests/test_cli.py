@@ -321,7 +321,7 @@ def test_config_errors(here):
     fails(run("train", "c.yaml", "steps"), 2, "override 'steps' is not of the form key.sub=value")
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGUSR1, 0)])
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
 def test_a_stopped_run_says_how_to_go_on(here, monkeypatch, signum, code):
     from nano4m_cli.train import loop
     from nano4m_cli.train import run as core
@@ -425,7 +425,7 @@ def test_eval_and_probe(here, fake, command, args):
     )
     seen = {}
 
-    def evaluate(workspace, run_name, probes, split, limit, kind, progress, device, settings):
+    def evaluate(workspace, run_name, probes, split, limit, kind, progress, device, settings, only_report=False):
         progress("a", 1, 2)
         seen.update(run=run_name, probes=probes, split=split, limit=limit, kind=kind, device=device)
         page = here / "index.html"
@@ -445,6 +445,7 @@ def test_eval_and_probe(here, fake, command, args):
     data = json.loads(run(command, *args, "--json").stdout)
     assert data["results"][0]["metrics"][0]["ci95"] == [0.2, 0.3]
     assert json.loads(run(command, "--list", "--json").stdout) == {"probes": {command + "1": "what it is"}}
+    fails(run("eval", "--report", "--probe", "a"), 2, "--report runs no probe")
 
 
 # -- how it looks -----------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from nano4m_cli.errors import ConfigError, DataError, MediaError
 from nano4m_cli.modalities import audio
 from nano4m_cli.probes._classes import classes_of
 from nano4m_cli.probes._evaluate import evaluate
+from nano4m_cli.probes._speech import spoken
 from nano4m_cli.registry import MODALITIES
 from nano4m_cli.train.run import prepare, start
 from nano4m_cli.train.tokenizing import tokenize
@@ -254,3 +255,11 @@ def test_probes_ask_about_every_digit(tiny, tmp_path, one_thread):  # noqa: F811
     assert judge["objects"] == 3 and list(judge["attributes"]) == ["digit"]
     linear = evaluate(workspace, None, ["linear"], kind="probe").results[0].metrics
     assert {m.name for m in linear} >= {"audio/layer1_digit_acc", "rgb/layer1_accent_acc"}
+
+
+def test_captions_hold_what_is_said(tiny):  # noqa: F811
+    assert spoken(pairing.caption_of(5, "greek"), sequences.transcript_of(1)) == "five"
+    for length in (2, 3):
+        how = open_digits(Path("unused"), f"mirror={tiny}", f"length={length}", "train=20").info().transcripts["caption"]
+        digits = (3, 1, 4)[:length]
+        assert spoken(sequences.caption_of(digits, "german"), how) == " ".join(pairing.WORDS[d] for d in digits)

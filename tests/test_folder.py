@@ -20,7 +20,7 @@ from nano4m_cli.data.fetch import fetch, open_source
 from nano4m_cli.data.shards import Split
 from nano4m_cli.data.sources.folder import worded
 from nano4m_cli.data.workspace import Workspace
-from nano4m_cli.errors import FetchError, MediaError
+from nano4m_cli.errors import ConfigError, FetchError, MediaError
 from nano4m_cli.registry import MODALITIES
 
 DATA = Path(os.environ.get("NANO4M_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -468,3 +468,33 @@ def test_exit_code_and_summary_tell_of_broken_files(tmp_path, broken, code):
     assert done.returncode == code, done.stderr
     assert "3 samples made" in done.stdout and "bad.png" in done.stdout and "no readable picture" in done.stdout
     assert ("error: 1 files could not be used" in done.stderr) == (code == 1) and "Traceback" not in done.stderr
+
+
+# -- transcripts ------------------------------------------------------------------------------------------------------
+
+
+def spoken(root):
+    """Three sounds with what is said in them; the last is longer than the data set's clips."""
+    root.mkdir()
+    for i, (seconds, words) in enumerate(((0.8, "one two"), (1.0, "three"), (1.5, "four five six"))):
+        tone(root / f"{i}.wav", seconds, hertz=300 + 100 * i)
+        (root / f"{i}.txt").write_text(words)
+    return root
+
+
+def test_captions_are_transcripts_where_that_is_said(tmp_path):
+    place = spoken(tmp_path / "talk")
+    fetched = lambda name, *more: fetch(open_source(  # noqa: E731
+        "folder", [f"path={place}", f"name={name}", "seconds=1", "broken=skip", *more], Workspace(tmp_path)),
+        Workspace(tmp_path), workers=1)
+    plain, said = fetched("plain"), fetched("said", "transcripts=true")
+    assert plain.info.transcripts == {} and "transcripts" not in plain.info.options and sum(plain.info.splits.values()) == 3
+    assert said.info.transcripts["caption"].before == "" and said.info.options["transcripts"] is True
+    assert sum(said.info.splits.values()) == 2
+    assert [(Path(f.file).name, f.reason) for f in said.failures] == [
+        ("2.wav", "lasts 1.50 s, and its transcript is of more than seconds=1")]
+
+
+def test_transcripts_are_not_made_from_pictures(tmp_path):
+    with pytest.raises(ConfigError, match="captions are to be transcripts and are made from pictures"):
+        open_source("folder", [f"path={tmp_path}", "transcripts=true", "derive=[caption]"], Workspace(tmp_path))

@@ -127,6 +127,31 @@ def test_class_of_a_model_that_knows_the_class_only(world):
     assert recall.columns == ["asked", "rgb", "audio"] and all(row == [8, 1.0, 1.0] for row in recall.values)
 
 
+def test_a_label_that_captions_do_not_word(tmp_path):
+    """A folder with labels and free captions: classes are told by the train split's captions, whole."""
+    world = make_world(tmp_path)
+    info = world.dataset.info()
+    told = info.model_copy(update={"attributes": {}, "determined": {}, "options": {"label": "colour"}})
+    world.dataset.info_path.write_text(told.model_dump_json())
+    for model, want in ((ClassOnly, 1.0), (Uniform, 1 / 8)):
+        found = findings("class", model(world))
+        assert set(found.metrics) == {f"{s}->caption/colour_{f}" for s in ("rgb", "audio") for f in (
+            "top1", "top1_pmi", "top1_balanced", "top5")}
+        m = found.metrics["audio->caption/colour_top1"]
+        assert m.value == pytest.approx(want) and m.chance == m.majority == 1 / 8 and m.ceiling is None
+        assert findings("retrieval", model(world)).metrics["audio->rgb/class_r1"].value == pytest.approx(want)
+
+
+def test_a_label_that_is_a_modality(tmp_path):
+    world = make_world(tmp_path, label=True)
+    for model, want in ((Perfect, 1.0), (ClassOnly, 1.0), (Uniform, 1 / 8), (Marginal, 1 / 8)):
+        found = findings("class", model(world))
+        for source in ("rgb", "audio", "caption"):
+            assert found.metrics[f"{source}->label/label_top1"].value == pytest.approx(want), (model, source)
+            assert found.metrics[f"{source}->label/label_top1_pmi"].value == pytest.approx(want)
+    assert findings("loss", Perfect(world)).metrics["rgb->label/ce"].ceiling == 0.0
+
+
 # -- retrieval ----------------------------------------------------------------------------------------------------
 
 
@@ -300,18 +325,18 @@ def evaluated(tmp_path, monkeypatch):
     """A function (model, probes, masking) that evaluates a predictor as the command would; reports are another's."""
     monkeypatch.setattr("nano4m_cli.report.build.build", lambda path: path / "report")
 
-    def run(model, probes, masking=None):
+    def run(model, probes, masking=None, limit=None):
         made = known_run(model, masking)
         made.path = tmp_path / "runs" / "known"
         monkeypatch.setattr("nano4m_cli.probes._evaluate.open_run", lambda *args: made)
-        done = evaluate(model.world.workspace, None, probes)
+        done = evaluate(model.world.workspace, None, probes, limit=limit)
         return {r.probe: r for r in done.results}, {p.name: p.read_bytes() for p in done.files}
 
     return run
 
 
 def test_a_question_that_training_never_posed_is_flagged(world, evaluated):
-    results, _ = evaluated(Perfect(world), ["loss", "class", "retrieval", "forward_vs_ar"], NARROW)
+    results, _ = evaluated(Perfect(world), ["loss", "class", "retrieval", "forward_vs_ar"], NARROW, 20)
     for result in results.values():
         assert all(d.value == (name in ("caption->rgb", "caption->audio")) for name, d in result.in_distribution.items())
         for m in result.metrics:
@@ -323,7 +348,7 @@ def test_a_question_that_training_never_posed_is_flagged(world, evaluated):
 
 
 def test_the_same_model_gives_the_same_files(world, evaluated):
-    first, again = (evaluated(ClassOnly(world), OURS)[1] for _ in range(2))
+    first, again = (evaluated(ClassOnly(world), OURS, limit=20)[1] for _ in range(2))
     assert len(first) == 2 * len(OURS) and first == again
 
 
@@ -350,7 +375,9 @@ def test_one_class_only(tmp_path):
     world = make_world(tmp_path, classes=1, members=6)
     info = world.dataset.info()
     only = {a: v for a, v in info.attributes.items() if a == "colour"}
-    world.dataset.info_path.write_text(info.model_copy(update={"attributes": only}).model_dump_json())
+    determined = {m: ["colour"] for m in ("rgb", "audio", "caption")}
+    told = info.model_copy(update={"attributes": only, "determined": determined})
+    world.dataset.info_path.write_text(told.model_dump_json())
     context = known_context(Perfect(world))
     assert missing("class", context) == "there is one class only ('red'): nothing to choose from"
     found = findings("retrieval", Perfect(world), context)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from nano4m_cli.config import build
 from nano4m_cli.errors import ConfigError
-from nano4m_cli.model.attention import BACKENDS, Mask, attend
+from nano4m_cli.model.attention import BACKENDS, Mask, attend, best_backend
 from nano4m_cli.model.batch import Ragged, pack
 from nano4m_cli.model.fourm import FourM, FourMConfig
 from nano4m_cli.model.layers import MLP, TokenTable, position_table
@@ -157,9 +157,61 @@ def test_bf16_autocast_stays_near_fp32(layout, sample, backend):
     assert float(torch.cosine_similarity(g, h, 0)) > 0.99
 
 
-def test_auto_picks_a_backend_by_width(layout):
-    assert make(layout).config.attention == "padded"
-    assert FourM(FourMConfig(size="d1-1w512"), layout).config.attention == "loop"
+def test_auto_picks_by_device_precision_and_width():
+    assert best_backend("cpu", torch.float32, 128) == "padded" and best_backend("cpu", torch.float32, 512) == "loop"
+    assert best_backend("cpu", torch.bfloat16, 512) == "padded"
+    assert best_backend("cuda", torch.bfloat16, 128) == "varlen" and best_backend("cuda", torch.float32, 128) == "sdpa"
+    assert best_backend("cuda", torch.bfloat16, 128, blocks=True) == "sdpa"
+
+
+CASES = ["self", "causal", "cross", "k_row", "grouped causal", "grouped cross"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_varlen_segments_hold_every_row_once(name):
+    """Each segment's tokens, cut at its ends, are the rows of the mask: attention by plain loops over them is the definition."""
+    mask = attention_case(name)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(int(n), 24, generator=g) for n in (mask.q.lengths.sum(), mask.k.lengths.sum(), mask.k.lengths.sum()))
+    out = torch.full_like(q, torch.nan)
+    for s in mask.segments:
+        at = torch.arange(len(q)) if s.q is None else s.q
+        of = torch.arange(len(k)) if s.k is None else s.k
+        assert s.q_ends.dtype == s.k_ends.dtype == torch.int32 and len(s.q_ends) == len(s.k_ends)
+        for (a, z), (b, y) in zip(s.q_ends.long().unfold(0, 2, 1).tolist(), s.k_ends.long().unfold(0, 2, 1).tolist(), strict=True):
+            assert z - a <= s.q_width and y - b <= s.k_width
+            one = Mask(Ragged.of([z - a]), Ragged.of([y - b]), causal=torch.tensor([s.causal]))
+            out[at[a:z]] = slow_attend(q[at[a:z]], k[of[b:y]], v[of[b:y]], 3, one)
+    torch.testing.assert_close(out, slow_attend(q, k, v, 3, mask), **CLOSE)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", CASES)
+def test_varlen_on_cuda_agrees_with_the_definition(name):
+    plain = attention_case(name)
+    there = lambda x: None if x is None else x.cuda()  # noqa: E731
+    q_rows = plain.q.to("cuda")
+    mask = Mask(q_rows, q_rows if plain.k is plain.q else plain.k.to("cuda"), there(plain.k_row), there(plain.causal))
+    g = torch.Generator().manual_seed(0)
+    sizes = [int(r.lengths.sum()) for r in (plain.q, plain.k, plain.k)]
+    q, k, v = (torch.randn(n, 96, generator=g).cuda().bfloat16().requires_grad_() for n in sizes)
+    y = attend(q, k, v, 3, mask, "varlen")
+    weight = torch.randn(y.shape, generator=g)
+    got = torch.autograd.grad((y.float() * weight.cuda()).sum(), (q, k, v))
+    p = [x.detach().float().cpu().requires_grad_() for x in (q, k, v)]
+    want = slow_attend(*p, 3, plain)
+    torch.testing.assert_close(y.float().cpu(), want, atol=0.02, rtol=0.02)
+    for a, b in zip(got, torch.autograd.grad((want * weight).sum(), p), strict=True):
+        torch.testing.assert_close(a.float().cpu(), b, atol=0.05, rtol=0.05)
+
+
+def test_varlen_says_what_it_takes(layout, sample):
+    ids, _, shown, asked = sample(3)
+    model = make(layout, attention="varlen")
+    with pytest.raises(ConfigError, match="float32 on cpu") as error:
+        model.nll(pack(layout, ids, shown, asked, 1))
+    assert "auto" in error.value.hint
 
 
 # -- packing ------------------------------------------------------------------------------------------------------

@@ -221,3 +221,23 @@ def test_files_without_requests(tmp_path, content, error):
         path.write_text(content)
     with pytest.raises(error):
         read_requests(path, {})
+
+
+def test_jobs_that_share_a_file_out_make_what_one_makes(media, tmp_path, good):  # noqa: F811
+    path = write(tmp_path / "r.jsonl", [*good, {"id": "bad", "from": {"caption": "x"}, "to": "smell"}])
+    bulk(media, path, tmp_path / "one")
+    for i in (2, 0, 1):
+        left = tmp_path / "all" / f".{good[0]['id']}.99999.part"  # another job is at it, or was
+        left.mkdir(parents=True, exist_ok=True)
+        report = bulk(media, path, tmp_path / "all", part=(i, 3))
+        assert sorted(report.made) == sorted(line["id"] for line in good[i::3])
+        assert [f["id"] for f in report.failed] == (["bad"] if i == 0 else [])
+        assert left.exists() == (i != 0)
+    assert ids_in(tmp_path / "all") == ids_in(tmp_path / "one")
+    assert manifest(tmp_path / "all") == manifest(tmp_path / "one") and len(manifest(tmp_path / "all")) == 7
+    kept = bulk(media, path, tmp_path / "all", part=(1, 3))
+    assert not kept.made and len(kept.kept) == 2
+    result = run("generate", "--requests", path, "--out", tmp_path / "x", "--shard", "3/3", "--root", media.root)
+    assert result.exit_code == 2 and "--shard 3/3 is not of the form I/N" in result.stderr
+    result = run("generate", "--to", "rgb", "--shard", "0/3", "--root", media.root)
+    assert result.exit_code == 2 and "--shard goes with --requests" in result.stderr

@@ -791,6 +791,10 @@ def test_training_and_evaluation(tmp_path, one_thread):  # noqa: F811 - a fixtur
     assert all(np.isfinite(v) for v in figures.values())
     report = evaluate(Workspace(tmp_path), "t", limit=3)
     assert {r.probe for r in report.results} >= {"loss", "retrieval", "tokenizer"} and report.report.is_file()
+    (results := report.report.parent.parent / "eval" / "retrieval.json").unlink()  # as if that job had not run
+    report.report.unlink()
+    shown = evaluate(Workspace(tmp_path), "t", limit=3, only_report=True)
+    assert not shown.results and not results.exists() and "audio/ce" in shown.report.read_text()
     result = cli("generate", "--from", "caption=a cat", "--to", "depth", "--root", tmp_path)
     assert result.exit_code == 1 and "the depth tokens of 'toks' came without their tokenizer" in result.stderr
 

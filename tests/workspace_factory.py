@@ -174,10 +174,11 @@ def copied(workspace, root):
 
 
 def records(run, *kinds):
-    """Return metrics.jsonl without the clock."""
+    """Return metrics.jsonl without the clock; of the kinds named, else of those that are the same every time."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     clock = ("time", "samples_per_s")
-    return [{k: v for k, v in r.items() if k not in clock} for r in lines if not kinds or r["kind"] in kinds]
+    kinds = kinds or ("train", "val")
+    return [{k: v for k, v in r.items() if k not in clock} for r in lines if r["kind"] in kinds]
 
 
 def weights(run):

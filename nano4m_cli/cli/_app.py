@@ -36,7 +36,8 @@ def boundary() -> Iterator[None]:
     try:
         yield
     except Nano4MError as err:
-        complain(err.message, err.hint)
+        if not err.said:
+            complain(err.message, err.hint)
         raise typer.Exit(err.exit_code) from err
     except typer.TyperException as err:
         complain(*_of_command_line(err))
@@ -120,15 +121,20 @@ def nano4m(
     """Train small any-to-any multimodal models, from raw media to an evaluated model:
     fetch -> tokenize -> train -> generate -> eval -> probe.
 
-    stdout is data, stderr is for people. Exit codes: 0 done, 1 the work failed, 2 usage, 130 interrupted.
+    stdout is data, stderr is for people. Exit codes: 0 done, 1 the work failed, 2 usage, 75 stopped by a signal
+    (go on with --resume), 130 interrupted.
     """
+
+
+STOPPED = 75  # the shell's EX_TEMPFAIL: not done, to be gone on with
 
 
 def stopped(err: Stopped, saved: bool) -> typer.Exit:
     """Say where training stopped on a signal, and return the exit to raise.
 
-    After SIGTERM or SIGUSR1 a saved run is in order (its scheduler starts it again): exit 0.
+    After SIGTERM or SIGUSR1 a saved run is in order (its scheduler starts it again), yet not done: a code of its own.
     """
     rest = "checkpoint saved; go on with --resume" if saved else "nothing saved"
-    typer.echo(f"stopped at step {err.step}, {rest}", err=True)
-    return typer.Exit(130 if err.signum == signal.SIGINT else 0 if saved else 1)
+    if err.speaks:
+        typer.echo(f"stopped at step {err.step}, {rest}", err=True)
+    return typer.Exit(130 if err.signum == signal.SIGINT else STOPPED if saved else 1)

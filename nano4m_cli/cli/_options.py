@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,6 +27,16 @@ Settings = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=
 def names(values: Iterable[str] | None) -> list[str]:
     """Return the names in options that may be repeated and may hold several with commas, each once."""
     return list(dict.fromkeys(n.strip() for v in values or () for n in v.split(",") if n.strip()))
+
+
+def share(text: str | None) -> tuple[int, int]:
+    """Return (i, n) of "i/n", (0, 1) of nothing."""
+    if text is None:
+        return 0, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not int(found[1]) < int(found[2]):
+        raise UsageError(f"--shard {text} is not of the form I/N with I from 0 to N - 1", "for example --shard 0/4")
+    return int(found[1]), int(found[2])
 
 
 def pick_device(name: DeviceName) -> str:

@@ -22,7 +22,7 @@ def list_probes(show: Show, kind: str) -> None:
 
 def run_probes(
     show: Show, kind: str, root: Path | None, run: str | None, probes: list[str], split: str | None,
-    limit: int | None, device: DeviceName, settings: Sequence[str] = (),
+    limit: int | None, device: DeviceName, settings: Sequence[str] = (), report: bool = False,
 ) -> None:
     from nano4m_cli.data.workspace import Workspace
 
@@ -33,7 +33,8 @@ def run_probes(
 
     with show.work() as work:
         done = evaluate(
-            workspace, run, probes, split, limit, kind=kind, progress=work.progress, device=pick_device(device), settings=settings
+            workspace, run, probes, split, limit, kind=kind, progress=work.progress, device=pick_device(device), settings=settings,
+            **({"only_report": True} if report else {}),
         )
     for result in done.results:
         show.line(f"{result.probe}: {result.title}")

@@ -25,10 +25,11 @@ class Show:
     Args:
         as_json: `line` and `table` print nothing, `document` prints.
         quiet: nothing goes to stderr (errors are not said here).
+        mute: nothing at all is printed: another process of the run speaks.
     """
 
-    def __init__(self, as_json: bool = False, quiet: bool = False):
-        self.as_json, self.quiet = as_json, quiet
+    def __init__(self, as_json: bool = False, quiet: bool = False, mute: bool = False):
+        self.as_json, self.quiet, self.mute = as_json, quiet or mute, mute
         self._live: Any = None  # the rich display that owns the terminal just now
 
     # -- stderr ---------------------------------------------------------------------------------------------------
@@ -59,16 +60,16 @@ class Show:
     # -- stdout ---------------------------------------------------------------------------------------------------
 
     def line(self, text: str) -> None:
-        if not self.as_json:
+        if not (self.as_json or self.mute):
             print(text, flush=True)
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Print aligned columns, numbers to the right; as wide as they are, so that a pipe gets every character."""
-        if not self.as_json:
+        if not (self.as_json or self.mute):
             print("\n".join(table_lines(head, rows)), flush=True)
 
     def document(self, data: dict[str, Any]) -> None:
-        if self.as_json:
+        if self.as_json and not self.mute:
             print(json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
 
 
@@ -234,6 +235,8 @@ def record_line(record: Any, eta: float | None = None) -> str:
     """Return the line for a step record; empty for "done"."""
     if record.kind == "done":
         return ""
+    if record.kind in ("stall", "late"):
+        return record.note
     if record.kind == "checkpoint":
         return f"checkpoint saved at step {record.step}"
     if not record.figures:

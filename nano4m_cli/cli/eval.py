@@ -15,16 +15,18 @@ from nano4m_cli.errors import UsageError
 
 def command(
     settings: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="P.KEY=VALUE", help="Options of a probe, where not the default; with --compare: the other runs."),
+        list[str] | None, typer.Argument(metavar="P.KEY=VALUE", help="Options of a probe; with --compare: the other runs.")
     ] = None,
     probe: Annotated[
         list[str] | None,
-        typer.Option("--probe", "-p", metavar="P", help="Which one (repeatable; default: all but the costly: decoding)."),
+        typer.Option("--probe", "-p", metavar="P", help="Which one (repeatable; default: all but the costly: decoding, transfer)."),
     ] = None,
     run: Annotated[str | None, typer.Option("--run", metavar="RUN", help="Default: the newest run.")] = None,
     split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Default: test.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="At most N samples.")] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Run no probe: gallery and report of the results that are there, e.g. of several jobs.")
+    ] = False,
     compare: Annotated[
         list[str] | None,
         typer.Option("--compare", metavar="RUN ...", help="Compare evaluated runs, each with the first, sample by sample."),
@@ -40,6 +42,7 @@ def command(
     \b
     nano4m eval
     nano4m eval --probe retrieval --limit 200
+    nano4m eval --report
     nano4m eval --probe decoding decoding.direction="caption->rgb"
     nano4m eval --compare demo other another
 
@@ -52,10 +55,12 @@ def command(
         list_probes(show, "eval")
     elif compare is not None:
         unused = [n for n, v in (("--run", run), ("--split", split), ("--limit", limit)) if v is not None]
-        unused += [s for s in settings or [] if "=" in s]
+        unused += ["--report"] * report + [s for s in settings or [] if "=" in s]
         if unused:
             raise UsageError(f"{unused[0]} does not go with --compare, which reads the results that are there",
                              "evaluate the runs first, then: nano4m eval --compare RUN_A RUN_B")
         compare_runs(show, root, names([*compare, *(settings or [])]), names(probe))
     else:
-        run_probes(show, "eval", root, run, names(probe), split, limit, device, settings or [])
+        if report and (probe or settings):
+            raise UsageError("--report runs no probe", "leave --probe and settings out")
+        run_probes(show, "eval", root, run, names(probe), split, limit, device, settings or [], report)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nano4m_cli.cli._options import Device, Json, Quiet, Root, names, pick_device
+from nano4m_cli.cli._options import Device, Json, Quiet, Root, names, pick_device, share
 from nano4m_cli.cli._show import Show
 from nano4m_cli.errors import UsageError
 
@@ -33,6 +33,9 @@ def command(
     sample: Annotated[str | None, typer.Option("--sample", metavar="KEY", help="Conditions as in this sample.")] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="YAML: a request, maybe step by step.")] = None,
     requests: Annotated[Path | None, typer.Option("--requests", metavar="FILE", help="JSONL: a request a line.")] = None,
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="I/N", help="Only the I-th of N shares of --requests, from 0.")
+    ] = None,
     ui: Annotated[bool, typer.Option("--ui", help="Open a page on this machine to try the run by hand (needs gradio).")] = False,
     port: Annotated[int | None, typer.Option("--port", min=1, max=65535, metavar="N", help="Of --ui (default: 7860 on).")] = None,
     run: Annotated[str | None, typer.Option("--run", metavar="RUN", help="Default: the newest run.")] = None,
@@ -92,6 +95,7 @@ def command(
     nano4m generate --from rgb=photo.png --keep rgb:left-half --to rgb
     nano4m generate --from caption="a red cube" --not caption="a blue cube" --to rgb
     nano4m generate --requests requests.jsonl --out made
+    nano4m generate --requests requests.jsonl --out made --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
     nano4m generate --ui
 
     PART: left-half, right-half, top-half, bottom-half, centre, border; 0.5 (the first half); 0-0.5s (sound, video); or a
@@ -133,10 +137,11 @@ def command(
     if requests is not None:
         if recipe or asked:
             raise UsageError("--requests says itself what is asked", f"leave out --{'recipe' if recipe else next(iter(asked))}")
-        _bulk(show, root, run, requests, out, options, device, batch)
+        _bulk(show, root, run, requests, out, options, device, batch, share(shard))
         return
-    if batch is not None:
-        raise UsageError("--batch goes with --requests")
+    for name, value in (("--batch", batch), ("--shard", shard)):
+        if value is not None:
+            raise UsageError(f"{name} goes with --requests")
     if recipe is None and "to" not in asked:
         raise UsageError("generate needs --to", "for example --to rgb")
     from nano4m_cli.config import build, load_yaml
@@ -183,7 +188,8 @@ def _judges():
     return judge_of
 
 
-def _bulk(show: Show, root, run, requests: Path, out: Path | None, options: dict[str, Any], device, batch: int | None) -> None:
+def _bulk(show: Show, root, run, requests: Path, out: Path | None, options: dict[str, Any], device, batch: int | None,
+          part: tuple[int, int]) -> None:
     """Make the requests of a file; exit 1 where one could not be made."""
     from nano4m_cli.data.workspace import Workspace
     from nano4m_cli.generate.requests import BATCH, generate_requests
@@ -194,7 +200,7 @@ def _bulk(show: Show, root, run, requests: Path, out: Path | None, options: dict
     folder = out or workspace.root / "generated" / f"{path.name}-{requests.stem}"
     with show.work() as work:
         report = generate_requests(
-            workspace, run, requests, folder, options, pick_device(device), batch or BATCH, work.progress, _judges()
+            workspace, run, requests, folder, options, pick_device(device), batch or BATCH, work.progress, _judges(), part
         )
     for bad in report.failed:
         hint = f"; {bad['hint']}" if bad["hint"] else ""

@@ -12,7 +12,7 @@ from nano4m_cli.cli._show import Show
 
 
 def command(
-    probes: Annotated[list[str] | None, typer.Argument(metavar="PROBE", help="See --list.")] = None,
+    probes: Annotated[list[str] | None, typer.Argument(metavar="PROBE|P.KEY=VALUE", help="See --list.")] = None,
     run: Annotated[str | None, typer.Option("--run", metavar="RUN", help="Default: the newest run.")] = None,
     split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Default: test.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="At most N samples.")] = None,
@@ -26,6 +26,7 @@ def command(
 
     \b
     nano4m probe linear
+    nano4m probe attentive attentive.steps=400
     nano4m probe --list
 
     --json: as of eval.
@@ -34,4 +35,5 @@ def command(
     if list_:
         list_probes(show, "probe")
     else:
-        run_probes(show, "probe", root, run, names(probes), split, limit, device)
+        settings = [p for p in probes or [] if "=" in p]
+        run_probes(show, "probe", root, run, names([p for p in probes or [] if "=" not in p]), split, limit, device, settings)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from nano4m_cli.cli._app import stopped
-from nano4m_cli.cli._options import DryRun, Json, Quiet, Root, Workers, names
+from nano4m_cli.cli._options import DryRun, Json, Quiet, Root, Workers, names, share
 from nano4m_cli.cli._show import Show
 from nano4m_cli.errors import DataError, UsageError, did_you_mean
 
@@ -26,6 +25,9 @@ def command(
     shard: Annotated[
         str | None, typer.Option("--shard", metavar="I/N", help="Only the I-th of N shares of the shards, from 0.")
     ] = None,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Only write tokens/manifest.json, for training from an address (data.url).")
+    ] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the tokenizers.")] = False,
     workers: Workers = None,
     dry_run: DryRun = False,
@@ -45,7 +47,7 @@ def command(
     sheet, split, n}}}; with --dry-run {dataset, modalities: {M: {tokenizer, fitted, options, samples}}}; with --check
     {dataset, samples: {SPLIT: {M: n}}, fresh: {M: share}, codes: {M: {used, perplexity: [of each codebook]}}, alignment:
     {SPLIT: {PAIR: {dx, dy, n, own}}}, sheet, findings: [{check, severity, modality, split, shard, n, keys, what, hint}]};
-    with --list {tokenizers: {NAME: summary}}.
+    with --publish {dataset, manifest}; with --list {tokenizers: {NAME: summary}}.
     """
     show = Show(as_json, quiet)
     if list_:
@@ -60,6 +62,13 @@ def command(
 
     folder = Workspace.at(root).dataset(dataset)
     show.say(f"data set: {folder.name} ({folder.path})")
+    if publish:
+        from nano4m_cli.data import stream
+
+        manifest = stream.publish(folder, names(modality) or folder.tokenised())
+        show.line(f"{manifest}: serve {folder.path} anywhere, and train with data.url=ADDRESS")
+        show.document({"dataset": folder.name, "manifest": manifest})
+        return
     from nano4m_cli.train import tokenizing
 
     chosen = tokenizing.choose_modalities(folder, names(modality), brought=check)
@@ -138,16 +147,6 @@ def _check(show: Show, folder: Any, chosen: Sequence[str], workers: int | None) 
         raise DataError(f"{folder.name}: {what}: {broken[0].modality}: {broken[0].what}", broken[0].hint or None)
     notices = len(report.findings)
     show.line(f"{folder.name}: raw and token shards are whole and aligned" + f" (notices: {notices})" * bool(notices))
-
-
-def share(text: str | None) -> tuple[int, int]:
-    """Return (i, n) of "i/n", (0, 1) of nothing."""
-    if text is None:
-        return 0, 1
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not int(found[1]) < int(found[2]):
-        raise UsageError(f"--shard {text} is not of the form I/N with I from 0 to N - 1", "for example --shard 0/4")
-    return int(found[1]), int(found[2])
 
 
 def by_modality(items: Sequence[str], chosen: Sequence[str]) -> dict[str, list[str]]:

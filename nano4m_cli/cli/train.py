@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,13 +12,13 @@ import typer
 from nano4m_cli.cli._app import stopped
 from nano4m_cli.cli._options import Device, Json, Quiet, Root, Settings, pick_device
 from nano4m_cli.cli._show import Show
-from nano4m_cli.errors import ConfigError, UsageError, did_you_mean
+from nano4m_cli.errors import ConfigError, Nano4MError, UsageError, did_you_mean
 
 FOLDER = Path("cfgs")  # where configs named without a folder are
 
 
 def command(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.")],
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML file.")] = None,
     settings: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
     device: Device = "auto",
@@ -29,6 +31,9 @@ def command(
     push: Annotated[
         str | None, typer.Option("--push", metavar="ID", help="With --export: upload it to this repository on the hub.")
     ] = None,
+    status: Annotated[
+        bool, typer.Option("--status", help="Do not train: say how far a run is (CONFIG: its name; default: the newest).")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     root: Root = None,
@@ -41,24 +46,51 @@ def command(
     nano4m train demo --resume
     nano4m train cfgs/import/nano4m_audio.yaml checkpoint=checkpoint-final.safetensors
     nano4m train demo --export shared/demo
+    nano4m train --status demo
+    torchrun --nproc_per_node=4 -m nano4m_cli train demo
 
     --json: {run, path, dataset, steps, figures}; with --dry-run {run, dataset, ..., masking: {...},
-    directions: {"a->b": {frequency, in_distribution}}}; with --export {run, folder, files, pushed}.
+    directions: {"a->b": {frequency, in_distribution}}}; with --export {run, folder, files, pushed}; with --status {run, state,
+    step, steps, rate, eta, restarts, checkpoint, train: {...}, val: {...}, speed: {...}, ...}.
     """
-    show = Show(as_json, quiet)
-    path = find_config(config)
+    from nano4m_cli import dist
+
+    here = dist.place()
+    show = Show(as_json, quiet, mute=not here.first)
     from nano4m_cli.data.workspace import Workspace
     from nano4m_cli.train.config import load_run_config
 
-    loaded = load_run_config(path, settings or [])
-    workspace = Workspace.at(root)
-    if push and not export:
-        raise UsageError("--push needs --export", "--export DIR says where the export is written first")
+    if status:
+        _status(show, Workspace.at(root), config)
+        return
+    with _said_once(here.first):
+        if config is None:
+            raise UsageError("missing argument 'CONFIG'", "nano4m train cfgs/demo.yaml, or nano4m train --status")
+        loaded = load_run_config(find_config(config), settings or [])
+        workspace = Workspace.at(root)
+        if push and not export:
+            raise UsageError("--push needs --export", "--export DIR says where the export is written first")
+        if here.ranks > 1 and (export or loaded.task in ("tokenizer", "import")):
+            what = "an export is written" if export else f"task: {loaded.task} runs"
+            raise UsageError(f"{what} by one process, this is one of {here.ranks}", "start it without torchrun")
     if export:
         _export(show, workspace, loaded, export, push)
         return
-    work = {"tokenizer": _fit_tokenizer, "import": _import}.get(loaded.task, _train)
-    work(show, workspace, loaded, resume, device, dry_run)
+    if loaded.task in ("tokenizer", "import"):
+        work = _fit_tokenizer if loaded.task == "tokenizer" else _import
+        work(show, workspace, loaded, resume, device, dry_run)
+    else:
+        _train(show, workspace, loaded, resume, device, dry_run, quiet)
+
+
+@contextlib.contextmanager
+def _said_once(first: bool) -> Iterator[None]:
+    """Let the first process alone say what is wrong with the command line, which all of them read."""
+    try:
+        yield
+    except Nano4MError as err:
+        err.said = not first
+        raise
 
 
 def find_config(given: str) -> Path:
@@ -76,23 +108,43 @@ def find_config(given: str) -> Path:
     raise ConfigError(f"no config file '{given}'", did_you_mean(str(name.with_suffix("")), known))
 
 
-def _train(show: Show, workspace: Any, config: Any, resume: bool, device: str, dry_run: bool) -> None:
+def _train(show: Show, workspace: Any, config: Any, resume: bool, device: str, dry_run: bool, quiet: bool) -> None:
+    from nano4m_cli import dist
     from nano4m_cli.train.loop import Stopped
     from nano4m_cli.train.run import prepare, start
 
-    prepared = prepare(config, workspace)
-    show.say(f"data set: {prepared.dataset.name} ({prepared.dataset.path})")
-    if dry_run:
-        _show_plan(show, prepared)
-        return
-    device = pick_device(device)
-    show.say(f"run: {prepared.config.name} ({prepared.folder}), {prepared.config.train.steps} steps on {device}")
-    try:
-        with show.work() as work:
-            figures = start(prepared, resume, device, work.record)
-    except Stopped as err:
-        raise stopped(err, True) from err
+    stop, figures = None, {}
+    with _said_once(dist.place().first):
+        device = pick_device(device)
+    with dist.joined(device, config.train.timeout) as own:
+        with dist.together():
+            prepared = prepare(config, workspace)
+        show.say(f"data set: {prepared.dataset.name} ({prepared.dataset.path})")
+        if dry_run:
+            if dist.rank() == 0:
+                _show_plan(show, prepared)
+            return
+        beside = f", {dist.ranks()} processes" if dist.ranks() > 1 else ""
+        name = own.partition(":")[0]
+        show.say(f"run: {prepared.config.name} ({prepared.folder}), {prepared.config.train.steps} steps on {name}{beside}")
+        try:
+            with show.work() as work:
+                figures = start(prepared, resume, own, work.record if dist.rank() == 0 else _late(quiet))
+        except Stopped as err:
+            stop = err
+    if stop is not None:
+        raise stopped(stop, True) from stop
     _show_end(show, prepared.config, prepared.folder, prepared.dataset.name, figures)
+
+
+def _late(quiet: bool) -> Any:
+    """Return what takes the records of a rank that is not the first: it speaks of its own delays only."""
+
+    def record(record: Any) -> None:
+        if record.kind == "late" and not quiet:
+            typer.echo(record.note, err=True)
+
+    return record
 
 
 def _fit_tokenizer(show: Show, workspace: Any, config: Any, resume: bool, device: str, dry_run: bool) -> None:
@@ -163,6 +215,33 @@ def _export(show: Show, workspace: Any, config: Any, folder: Path, repo: str | N
     if pushed:
         show.line(pushed)
     show.document({"run": run.name, "folder": folder, "files": files, "pushed": pushed})
+
+
+def _status(show: Show, workspace: Any, name: str | None) -> None:
+    from nano4m_cli.cli._show import clock
+    from nano4m_cli.train.status import status
+
+    if name is None:
+        runs = workspace.runs()  # the newest, though it may have no checkpoint yet
+        folder = runs[0] if runs else workspace.run(None)
+    else:
+        folder = workspace.root / "runs" / name
+        folder = folder if (folder / "config.yaml").is_file() else workspace.run(name)
+    found = status(folder)
+    ago = lambda seconds: None if seconds is None else f"{clock(seconds)} ago"  # noqa: E731
+    rows = [
+        ("run", f"{found.run} ({found.path})"),
+        ("state", f"{found.state}, {found.restarts} restarts, {found.ranks} processes"), ("host", found.host),
+        ("step", f"{found.step}/{found.steps}" + (f" ({found.step / found.steps:.1%})" if found.steps else "")),
+        ("samples/s", found.rate), ("eta", None if found.eta is None else clock(found.eta)),
+        ("last record", ago(found.silence)),
+        ("checkpoint", None if found.checkpoint is None else f"{found.checkpoint}, {ago(found.checkpoint_age)}"),
+        ("train loss", found.train.get("loss")), ("val loss", found.val.get("loss")), ("stalls", found.stalls),
+        *((name.replace("_", " "), f"{v['min']:.4g} / {v['median']:.4g} / {v['max']:.4g}")
+          for name, v in found.speed.items() if isinstance(v, dict)),
+    ]
+    show.table(["", ""], [(k, v) for k, v in rows if v is not None])
+    show.document(found.document())
 
 
 def _show_end(show: Show, config: Any, folder: Path, dataset: str, figures: dict[str, float]) -> None:

@@ -3,27 +3,73 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 
 import numpy as np
 
-from nano4m_cli.data.shards import Split, check_aligned
+from nano4m_cli.data.shard_cache import ShardCache
+from nano4m_cli.data.shards import Shard, Split, check_aligned
+from nano4m_cli.data.stream import RemoteShard, RemoteSplit, cache_of, read_remote
+from nano4m_cli.data.stream_order import StreamOrder
 from nano4m_cli.data.workspace import DatasetFolder
 from nano4m_cli.errors import DataError, ShardError, did_you_mean
 from nano4m_cli.rng import permutation
 from nano4m_cli.spec import Layout, TokenSpec, read_spec
 
+HEADER = 128  # bytes before the ids in each npy of a shard of ours
+CHECKED = 1.0  # seconds for which a shard that was whole is taken to be so
+
 
 class _Column:
     """The ids of one modality in one split: (sample, variant) -> ids, by offset into the mapped tars."""
 
-    def __init__(self, spec: TokenSpec, split: Split):
-        self.spec, self.split, self.member = spec, split, f"{spec.modality}.npy"
+    def __init__(self, spec: TokenSpec, split: Split, lost_too: bool = False):
+        self.spec, self.split, self.member, self.lost_too = spec, split, f"{spec.modality}.npy", lost_too
+        self.checked = [0.0] * len(split.shards)  # when each shard was last seen to be whole
         self.maps = [s.map for s in split.shards]
-        parts = [self._open(shard, np.frombuffer(shard.map, dtype=np.uint8)) for shard in split.shards]
+        parts = [self._opened(shard) for shard in split.shards]
         self.offset_N = np.concatenate([p[0] for p in parts])
         self.length_N = np.concatenate([p[1] for p in parts])
         self.shard_N = np.repeat(np.arange(len(parts)), [len(p[0]) for p in parts])
+
+    def _opened(self, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(shard, RemoteShard):
+            return self._told(shard)
+        if shard.lost is None:
+            try:
+                return self._open(shard, np.frombuffer(shard.map, dtype=np.uint8))
+            except ShardError as err:
+                if not self.lost_too:
+                    raise
+                shard.lost = err.message
+        n = len(shard)
+        return np.zeros(n, dtype=np.int64), np.full(n, 1 if self.spec.kind == "sequence" else self.spec.slots)
+
+    def _told(self, shard: RemoteShard) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `_open` will return once the shard is here, from its index; `_came` sees to that."""
+        if self.member not in shard.index.offset:
+            raise ShardError(f"{shard.path} has no '{self.member}'", "publish it again")
+        length = (shard.index.size[self.member] - HEADER) // self.spec.dtype.itemsize
+        return shard.index.offset[self.member] + HEADER, length if self.spec.kind == "sequence" else length // self.spec.variants
+
+    def _came(self, s: int, data: np.ndarray) -> None:
+        rows, found = self.shard_N == s, self._open(self.split.shards[s], data)
+        if any(not np.array_equal(a[rows], b) for a, b in zip((self.offset_N, self.length_N), found, strict=True)):
+            raise ShardError(f"{self.split.shards[s].path} is not what its index says", "publish it again")
+
+    def check(self, index_B: np.ndarray) -> None:
+        """Raise ShardError, which names the first sample concerned, where a shard of samples is no longer what was opened."""
+        now = time.monotonic()
+        for s in np.unique(self.shard_N[index_B]).tolist():
+            if now - self.checked[s] < CHECKED:
+                continue
+            try:
+                self.split.shards[s].check()
+            except ShardError as err:
+                key = self.split.keys[int(index_B[np.argmax(self.shard_N[index_B] == s)])]
+                raise ShardError(f"{err.message} (sample '{key}')", err.hint) from err
+            self.checked[s] = now
 
     def _open(self, shard, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (offset of the ids, ids per variant) of each sample of a shard, after checking its npy headers."""
@@ -70,9 +116,13 @@ class _Column:
     def read(self, index_B: np.ndarray, variant_B: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Write ids into `out` (B, slots), which holds zeros and keeps them beyond a text's end; return length (B,)."""
         spec, item = self.spec, self.spec.dtype.itemsize
+        self.check(index_B)
         length = self.length_N[index_B]
         at = self.offset_N[index_B] + variant_B % spec.variants * (spec.slots * item if spec.kind != "sequence" else 0)
-        maps, places = self.maps, zip(self.shard_N[index_B].tolist(), at.tolist(), (at + length * item).tolist(), strict=True)
+        maps = self.maps
+        if isinstance(self.split, RemoteSplit):
+            maps = self.split.open(np.unique(self.shard_N[index_B]).tolist(), self._came)
+        places = zip(self.shard_N[index_B].tolist(), at.tolist(), (at + length * item).tolist(), strict=True)
         flat = np.frombuffer(b"".join([maps[shard][first:end] for shard, first, end in places]), dtype=spec.dtype)
         if spec.kind == "sequence":
             out[np.arange(spec.slots) < length[:, None]] = flat
@@ -80,8 +130,8 @@ class _Column:
             out[:] = flat.reshape(-1, spec.slots)
         if int(flat.max(initial=0)) >= spec.vocab_size:
             bad = int(np.argmax((out >= spec.vocab_size).any(1)))
-            key = self.split.keys[int(index_B[bad])]
-            spec.check_ids(out[bad], f"{self.split.folder}, sample '{key}'")
+            shard, place = self.split.locate(int(index_B[bad]))
+            spec.check_ids(out[bad], f"{shard.path}, sample '{shard.keys[place]}'")
         return length
 
 
@@ -90,9 +140,13 @@ class TokenData:
 
     Args:
         modalities: names in layout order. `layout` follows from their spec.json files.
+        lost_too: whether a shard that is lost or damaged, but whose index is there, is an error only for who reads its samples.
+        cache: where shards of a remote data set go (default: `cache_of`).
     """
 
-    def __init__(self, dataset: DatasetFolder, split: str, modalities: Sequence[str]):
+    def __init__(
+        self, dataset: DatasetFolder, split: str, modalities: Sequence[str], lost_too: bool = False, cache: ShardCache | None = None
+    ):
         self.dataset, self.name = dataset, split
         specs = read_specs(dataset, modalities)
         for name in modalities:
@@ -100,9 +154,15 @@ class TokenData:
                 have = sorted(p.name for p in dataset.tokens(name).iterdir() if p.is_dir())
                 raise DataError(f"data set '{dataset.name}' has no split '{split}' of {name} tokens", did_you_mean(split, have))
         self.layout = Layout(specs)
-        splits = {n: Split(dataset.tokens(n, split)) for n in modalities}
+        remote = read_remote(dataset)
+        self.streamed = remote is not None
+        if remote is None:
+            splits = {n: Split(dataset.tokens(n, split), lost_too) for n in modalities}
+        else:
+            cache = cache or cache_of(dataset)
+            splits = {n: RemoteSplit(dataset.tokens(n, split), remote, cache) for n in modalities}
         check_aligned(splits)
-        self.columns = [_Column(s, splits[s.modality]) for s in specs]
+        self.columns = [_Column(s, splits[s.modality], lost_too) for s in specs]
         self.split = splits[modalities[0]]
 
     def __len__(self) -> int:
@@ -121,6 +181,30 @@ class TokenData:
             c.read(index_B, variant_B, ids[:, self.layout.start[m] : self.layout.start[m + 1]]) for m, c in enumerate(self.columns)
         ]
         return ids, np.stack(length, 1)
+
+    def soon(self, shards: Sequence[int]) -> None:
+        """Fetch shards of all modalities in the background, where they are not here."""
+        for column in self.columns:
+            if isinstance(column.split, RemoteSplit):
+                column.split.soon(shards)
+
+    def order(self, seed: int, batch: int, lanes: int | None, window: int) -> SampleOrder | StreamOrder:
+        """Return the order in which training sees the samples: at random, or along the shards where these come from afar."""
+        if self.streamed:
+            return StreamOrder([len(s) for s in self.split.shards], seed, batch, lanes, window)
+        return SampleOrder(len(self), seed)
+
+    def broken(self, index_B: np.ndarray, variant_B: np.ndarray) -> dict[int, str]:
+        """Return what is wrong with samples that cannot be read, by place in `index`."""
+        try:
+            self.read(index_B, variant_B)
+            return {}
+        except DataError as err:
+            if len(index_B) == 1:
+                return {0: err.message}
+        half = len(index_B) // 2
+        parts = [(0, slice(half)), (half, slice(half, None))]
+        return {first + i: why for first, s in parts for i, why in self.broken(index_B[s], variant_B[s]).items()}
 
     def lengths(self, index_B: np.ndarray | slice) -> np.ndarray:
         """Return length (B, M) of samples, without reading their ids."""

@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import mmap
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -39,9 +40,16 @@ def index_path(path: Path) -> Path:
     return path.with_suffix(".idx.json")
 
 
-def shard_paths(folder: Path) -> list[Path]:
-    """Return the shards of a split in order; a gap in their numbers is a ShardError."""
+def shard_paths(folder: Path, lost: bool = False) -> list[Path]:
+    """Return the shards of a split in order; a gap in their numbers is a ShardError.
+
+    Args:
+        lost: whether those count whose index alone is there.
+    """
     paths = sorted(folder.glob("shard-*.tar"))
+    if lost:
+        indices = (p.with_name(p.name.removesuffix(".idx.json") + ".tar") for p in folder.glob("shard-*.idx.json"))
+        paths = sorted({*paths, *indices})
     for i, path in enumerate(paths):
         if path.name != shard_name(i):
             raise ShardError(f"{folder}: {shard_name(i)} is missing (next is {path.name})", "run fetch/tokenize again")
@@ -168,29 +176,61 @@ def read_index(path: Path) -> ShardIndex:
     total = path.stat().st_size
     beside = index_path(path)
     if beside.is_file() and beside.stat().st_mtime_ns >= path.stat().st_mtime_ns:
-        try:
-            doc = json.loads(beside.read_text())
-            if doc["format"] == INDEX_FORMAT and doc["tar_bytes"] == total:
-                columns = doc["members"]
-                return ShardIndex(
-                    doc["keys"],
-                    {n: np.asarray(c["offset"], dtype=np.int64) for n, c in columns.items()},
-                    {n: np.asarray(c["size"], dtype=np.int64) for n, c in columns.items()},
-                    total,
-                )
-        except (ValueError, KeyError, TypeError):
-            pass  # a damaged index is made again: the tar is the truth
+        index = read_beside(path)
+        if index is not None and index.tar_bytes == total:
+            return index
     return _scan(path)
 
 
-class Shard:
-    """Random access to one shard through a memory map."""
+def read_beside(path: Path) -> ShardIndex | None:
+    """Return what the file beside a shard says; None where it is damaged or missing (the tar is the truth)."""
+    try:
+        doc = json.loads(index_path(path).read_text())
+        if doc["format"] != INDEX_FORMAT:
+            return None
+        columns = doc["members"]
+        return ShardIndex(
+            doc["keys"],
+            {n: np.asarray(c["offset"], dtype=np.int64) for n, c in columns.items()},
+            {n: np.asarray(c["size"], dtype=np.int64) for n, c in columns.items()},
+            doc["tar_bytes"],
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
-    def __init__(self, path: Path):
+
+class Shard:
+    """Random access to one shard through a memory map.
+
+    Args:
+        lost_too: whether a shard that cannot be read is told by `lost` (why it cannot) instead of an error; its keys are then those
+            of the index beside it.
+    """
+
+    def __init__(self, path: Path, lost_too: bool = False):
         self.path = path
-        self.index = read_index(path)
-        with open(path, "rb") as file:
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.index.tar_bytes else b""
+        self.lost: str | None = None
+        try:
+            self.index = read_index(path)
+            with open(path, "rb") as file:
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.index.tar_bytes else b""
+        except (ShardError, OSError) as err:
+            index = read_beside(path) if lost_too else None
+            if index is None:
+                raise
+            self.index, self.map, self.lost = index, b"", str(getattr(err, "message", err))
+
+    def check(self) -> None:
+        """Raise ShardError where the file is no longer what was opened: a map of a file that was cut short kills who reads it."""
+        if self.lost is not None:
+            raise ShardError(self.lost, "run the command that writes it again")
+        try:
+            size = os.stat(self.path).st_size
+        except OSError as err:
+            raise ShardError(f"{self.path} is gone: {err.strerror}", "run the command that writes it again") from err
+        if size != self.index.tar_bytes:
+            was = self.index.tar_bytes
+            raise ShardError(f"{self.path} has {size} bytes, {was} when it was opened", "run the command that writes it again")
 
     @property
     def keys(self) -> list[str]:
@@ -210,12 +250,12 @@ class Shard:
 class Split:
     """All shards of one split folder as one sequence; position i is the i-th sample in shard order."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, lost_too: bool = False):
         self.folder = folder
-        paths = shard_paths(folder)
+        paths = shard_paths(folder, lost_too)
         if not paths:
             raise ShardError(f"no shards in {folder}")
-        self.shards = [Shard(p) for p in paths]
+        self.shards = [Shard(p, lost_too) for p in paths]
         self.starts = np.cumsum([0] + [len(s) for s in self.shards])
 
     def __len__(self) -> int:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from nano4m_cli.config import build
 from nano4m_cli.data._atomic import atomic_file, atomic_folder, write_json
 from nano4m_cli.data.workspace import DatasetFolder, Workspace
@@ -117,19 +119,25 @@ def _identity(given: Any, taken: Mapping[str, int]) -> str:
 def generate_requests(
     workspace: Workspace, run_name: str | None, path: Path, out: Path, defaults: Mapping[str, Any], device: str = "cpu",
     batch: int = BATCH, progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-    judges: Callable[[DatasetFolder, str], Judge | None] | None = None,
+    judges: Callable[[DatasetFolder, str], Judge | None] | None = None, part: tuple[int, int] = (0, 1),
 ) -> BulkReport:
     """Make the requests of a file that are not made yet, `batch` samples at a time, and write the manifest.
 
     Those with the same targets and options stand together; conditions and seeds mix in every batch. Candidates of --best-of
     count as samples of a batch.
+
+    Args:
+        part: (i, n): the i-th of n jobs that share the lines out, counted from 0, and write to one folder. Each also puts what
+            all have told so far together, so that the manifest of the last one that ends is whole.
     """
-    lines = read_requests(path, defaults)
+    lines = read_requests(path, defaults)[part[0] :: part[1]]
     studio = Studio(open_run(workspace, run_name, device), judges)
     report = BulkReport(studio.run.name, out, out / "manifest.jsonl")
     out.mkdir(parents=True, exist_ok=True)
+    mine = {line.id for line in lines}
     for left in (*out.glob(".*.part"), *out.glob(".*.old")):  # of a run that was killed
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if part[1] == 1 or left.name[1:].rsplit(".", 2)[0] in mine:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     model = _model_hash(studio)
     wanted = []
     for line in lines:
@@ -140,26 +148,43 @@ def generate_requests(
     wanted.sort(key=lambda line: json.dumps(_alike(line.request)))
     done, total = 0, sum(line.request.n for line in wanted)
     try:
-        for part in _parts(wanted, batch):
+        for some in _parts(wanted, batch):
             progress("generate", done, total)
             began = time.monotonic()
-            for line, entry in _make(studio, part, out, batch):
+            for line, entry in _make(studio, some, out, batch):
                 line.entry = entry
                 report.made.append(line.id)
                 report.samples += line.request.n
             report.seconds += time.monotonic() - began
-            done += sum(line.request.n for line in part)
+            done += sum(line.request.n for line in some)
         progress("generate", done, total)
     finally:
         report.failed = [
             {"line": x.number, "id": x.id, "error": x.error.message, "hint": x.error.hint} for x in lines if x.error
         ]
-        with atomic_file(report.manifest) as file:
-            for x in lines:
-                said = {"error": x.error.message} if x.error else x.entry
-                if said is not None:
-                    file.write((json.dumps({"line": x.number, "id": x.id, **said}, ensure_ascii=False) + "\n").encode())
+        rows = [{"line": x.number, "id": x.id, **({"error": x.error.message} if x.error else x.entry)} for x in lines
+                if x.error or x.entry]
+        if part[1] == 1:
+            _write_rows(report.manifest, rows)
+        else:
+            with FileLock(out / ".manifest.lock"):
+                _write_rows(out / f".manifest-{part[0]}-of-{part[1]}.jsonl", rows)
+                _merge(out, part[1], report.manifest)
     return report
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with atomic_file(path) as file:
+        file.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows)
+
+
+def _merge(out: Path, jobs: int, manifest: Path) -> None:
+    """Write the manifest of what all jobs that share a file out have told, in the order of its lines."""
+    rows = []
+    for job in range(jobs):
+        told = out / f".manifest-{job}-of-{jobs}.jsonl"
+        rows += [json.loads(row) for row in told.read_text().splitlines()] if told.is_file() else []
+    _write_rows(manifest, sorted(rows, key=lambda row: row["line"]))
 
 
 def _make(studio: Studio, part: Sequence[Line], out: Path, batch: int) -> Iterator[tuple[Line, dict[str, Any]]]:

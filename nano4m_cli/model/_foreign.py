@@ -167,7 +167,7 @@ class ForeignModel(TokenModel):
 
     def __init__(self, config: ForeignConfig, layout: Layout):
         super().__init__()
-        self.config, self.layout = config.with_backend(), layout
+        self.config, self.layout = config, layout
         c = self.config
         self.encoder = nn.ModuleList([EncoderBlock(c) for _ in range(c.encoder_layers)])
         self.decoder = nn.ModuleList([DecoderBlock(c) for _ in range(c.decoder_layers)])

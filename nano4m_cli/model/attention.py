@@ -6,12 +6,15 @@ to rounding (tested):
     padded   rows padded inside this call, plain matrix products and softmax: quickest on a CPU at small widths.
     sdpa     rows padded inside this call, torch's scaled_dot_product_attention.
     loop     one row at a time: nothing padded; wins at large widths on a CPU.
+    varlen   rows as they lie, nothing padded: torch's varlen_attn (Flash), on CUDA in half precision, without blocks.
+    auto     the quickest of these for the device, precision and width at hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -20,10 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nano4m_cli.errors import ConfigError
 from nano4m_cli.model.batch import Ragged
 
-BACKENDS = ("padded", "sdpa", "loop")
+BACKENDS = ("padded", "sdpa", "loop")  # that any device has
+LOOP_WIDTH = 512  # from this width on rows one by one pay on a CPU, in fp32 (scripts/bench/attention.py)
 GROUPS, MIN_ROWS = 3, 12  # rows are padded in so many groups of at least so many (scripts/bench/attention.py)
+LONG, MIN_LONG = 64, 4  # ... or of at least so few, where they are that long on average
+HALF = (torch.bfloat16, torch.float16)
 NEVER = -1e9  # finite, so that a row without keys gives zeros (its values are padding), not NaN
 
 
@@ -41,6 +48,23 @@ class Group:
     bias: Tensor
 
 
+@dataclass(frozen=True)
+class Segment:
+    """Rows that one call of varlen attention takes.
+
+    q, k: (Tq,), (Tk,) places of their tokens in the packed tensors (None: all, in order). q_ends, k_ends: (rows + 1,) int32,
+    where each row begins and the last one ends. q_width, k_width: no row is longer. causal: whether all are.
+    """
+
+    q: Tensor | None
+    k: Tensor | None
+    q_ends: Tensor
+    k_ends: Tensor
+    q_width: int
+    k_width: int
+    causal: bool
+
+
 class Mask:
     """Which keys a query may see: keys of its own row and, where the row is causal, none after it; of blocks, none of a
     later block.
@@ -56,15 +80,43 @@ class Mask:
     ):
         self.q, self.k, self.k_row, self.causal, self.block = q, k, k_row, causal, block
         assert block is None or q is k
-        self.groups = [self._group(rows) for rows in self._rows()]
         self._cache: dict[tuple, Tensor] = {}
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        return [self._group(rows) for rows in self._rows()]
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        assert self.block is None
+        if self.causal is None:
+            return [self._segment(None, False)]
+        kinds = ((self.causal, True), (~self.causal, False))
+        return [self._segment(rows, causal) for rows, causal in kinds if bool(rows.any())]
+
+    def _segment(self, rows: Tensor | None, causal: bool) -> Segment:
+        """Return a segment of all rows, or of those where `rows` (q.rows,) is true."""
+        def side(r: Ragged, chosen: Tensor | None) -> tuple[Tensor | None, Tensor]:
+            lengths = r.lengths if chosen is None else r.lengths[chosen]
+            ends = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+            if chosen is None:
+                return None, ends
+            first = (r.lengths.cumsum(0) - r.lengths)[chosen] - ends[:-1]
+            return torch.repeat_interleave(first, lengths) + torch.arange(int(ends[-1]), device=ends.device), ends
+
+        chosen = None if rows is None else rows.nonzero().squeeze(1)
+        looks = chosen if self.k_row is None else self.k_row if chosen is None else self.k_row[chosen]
+        (q, q_ends), (k, k_ends) = side(self.q, chosen), side(self.k, looks)
+        return Segment(q, k, q_ends, k_ends, self.q.width, self.k.width, causal)
 
     def _rows(self) -> list[Tensor | None]:
         """Return rows in up to `GROUPS` groups by length, so that short rows are not padded to the longest."""
-        if self.k_row is not None or self.q.rows < MIN_ROWS * 2 or self.q.lengths.device.type != "cpu":
+        if self.k_row is not None or self.q.lengths.device.type != "cpu":
             return [None]
-        order = torch.argsort(self.q.lengths * self.q.width + self.k.lengths * self.k.width, stable=True)
-        return list(order.tensor_split(min(GROUPS, self.q.rows // MIN_ROWS)))
+        groups = min(GROUPS, self.q.rows // (MIN_LONG if int(self.q.lengths.sum()) >= LONG * self.q.rows else MIN_ROWS))
+        if groups < 2:
+            return [None]
+        return list(torch.argsort(self.q.lengths * self.q.width + self.k.lengths * self.k.width, stable=True).tensor_split(groups))
 
     def _group(self, rows: Tensor | None) -> Group:
         some = slice(None) if rows is None else rows
@@ -118,13 +170,46 @@ class Mask:
         return self._cache[key]
 
 
-def attend(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask, backend: str = "padded") -> Tensor:
-    """Return (Tq, D): softmax(q k / sqrt(head width)) v within the rows of `mask`; q (Tq, D), k and v (Tk, D)."""
+def best_backend(device: str, dtype: torch.dtype, width: int, blocks: bool = False) -> str:
+    """Return what "auto" stands for. device: "cpu" or "cuda". blocks: whether the mask has some."""
+    if device == "cuda":
+        return "varlen" if dtype in HALF and not blocks else "sdpa"
+    return "loop" if width >= LOOP_WIDTH and dtype not in HALF else "padded"  # Flash for CPUs is slow backwards in bf16
+
+
+def attend(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask, backend: str = "auto") -> Tensor:
+    """Return (Tq, D): softmax(q k / sqrt(head width)) v within the rows of `mask`; q (Tq, D), k and v (Tk, D).
+
+    Raises: ConfigError where the backend cannot do it: varlen without CUDA or in fp32.
+    """
+    if backend == "auto":
+        backend = best_backend(q_TD.device.type, q_TD.dtype, q_TD.shape[1], mask.block is not None)
+    if backend == "varlen":
+        return _varlen(q_TD, k_TD, v_TD, heads, mask)
     assert backend in BACKENDS, backend
     if backend == "loop":
         return _loop(q_TD, k_TD, v_TD, heads, mask)
     q, k, v = (x.reshape(len(x) * heads, x.shape[1] // heads) for x in (q_TD, k_TD, v_TD))
     return (_Padded.apply(q, k, v, mask, heads) if backend == "padded" else _sdpa(q, k, v, mask, heads)).view(q_TD.shape)
+
+
+def weights(q_TD: Tensor, k_TD: Tensor, heads: int, mask: Mask) -> list[Tensor]:
+    """Return per row of queries its weights (heads, Lq, Lk): softmax(q k / sqrt(head width)), zero where a query may not look.
+
+    To look at what a model attends to: `weights @ v` is `attend` to rounding, row by row and much slower.
+    """
+    out, ks = [], k_TD.split(mask.k.lengths.tolist())
+    blocks = None if mask.block is None else mask.block.split(mask.q.lengths.tolist())
+    for i, q in enumerate(q_TD.split(mask.q.lengths.tolist())):
+        k = ks[i if mask.k_row is None else int(mask.k_row[i])]
+        q_HQW, k_HKW = (x.unflatten(1, (heads, -1)).transpose(0, 1).float() for x in (q, k))
+        score = q_HQW @ k_HKW.transpose(1, 2) * q_HQW.shape[2] ** -0.5
+        if mask.causal is not None and bool(mask.causal[i]):
+            score = score.masked_fill(torch.ones_like(score, dtype=torch.bool).triu(1), -torch.inf)
+        if blocks is not None:
+            score = score.masked_fill(blocks[i][:, None] < blocks[i], -torch.inf)
+        out.append(score.softmax(-1))
+    return out
 
 
 @dataclass
@@ -249,21 +334,90 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, heads: int) -> Tensor:
     return torch.cat(out).index_select(0, at_q)
 
 
+def _varlen(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask) -> Tensor:
+    if q_TD.device.type != "cuda" or q_TD.dtype not in HALF or mask.block is not None:
+        what = "a block-causal encoder" if mask.block is not None else f"{q_TD.dtype} on {q_TD.device.type}"
+        raise ConfigError(f"model.attention=varlen does not take {what}",
+                          "it is for CUDA with train.precision=bf16; leave model.attention at auto")
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x.view(len(x), heads, -1) for x in (q_TD, k_TD, v_TD))
+    out = None
+    for s in mask.segments:
+        some = lambda x, at: x if at is None else x.index_select(0, at)  # noqa: E731
+        y = varlen_attn(some(q, s.q), some(k, s.k), some(v, s.k), s.q_ends, s.k_ends, s.q_width, s.k_width,
+                        window_size=(-1, 0 if s.causal else -1))
+        out = y if s.q is None else (torch.empty_like(q) if out is None else out).index_copy(0, s.q, y)
+    return q_TD[:0] if out is None else out.flatten(1)
+
+
 def _loop(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask) -> Tensor:
-    ks = k_TD.split(mask.k.lengths.tolist())
-    vs = v_TD.split(mask.k.lengths.tolist())
-    blocks = None if mask.block is None else mask.block.split(mask.q.lengths.tolist())
-    out = []
-    for i, q in enumerate(q_TD.split(mask.q.lengths.tolist())):
-        j = i if mask.k_row is None else int(mask.k_row[i])
-        if not len(q):
-            continue
-        if not len(ks[j]):
-            out.append(torch.zeros_like(q))
-            continue
-        shape = lambda x: x.reshape(len(x), heads, -1).transpose(0, 1)[None]  # noqa: E731 - (1, H, L, D / H)
-        causal = mask.causal is not None and bool(mask.causal[i])
-        may = None if blocks is None else blocks[i][:, None] >= blocks[i]
-        y = F.scaled_dot_product_attention(shape(q), shape(ks[j]), shape(vs[j]), attn_mask=may, is_causal=causal)
-        out.append(y[0].transpose(0, 1).reshape(len(q), -1))
-    return torch.cat(out) if out else q_TD[:0]
+    if q_TD.device.type == "cpu":
+        return _Rows.apply(q_TD, k_TD, v_TD, heads, mask)
+    return torch.cat([q_TD[:0], *(
+        F.scaled_dot_product_attention(*(_heads(x, heads) for x in (q_TD[a], k_TD[b], v_TD[b])), attn_mask=may, is_causal=causal)[0]
+        .transpose(0, 1).flatten(1) if b.stop > b.start else torch.zeros_like(q_TD[a])
+        for a, b, causal, may in _each_row(mask, q_TD.dtype)
+    )])
+
+
+def _heads(x_LD: Tensor, heads: int) -> Tensor:
+    """Return a (1, H, L, D / H) view of one row."""
+    return x_LD.view(len(x_LD), heads, -1).transpose(0, 1)[None]
+
+
+def _each_row(mask: Mask, dtype: torch.dtype) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
+    """Yield for every row with queries where they are, where its keys are, whether it is causal, and its blocks' bias."""
+    q_end, k_end = (np.concatenate([[0], np.cumsum(r.lengths.cpu().numpy())]).tolist() for r in (mask.q, mask.k))
+    look = range(mask.q.rows) if mask.k_row is None else mask.k_row.tolist()
+    causal = [False] * mask.q.rows if mask.causal is None else mask.causal.tolist()
+    for i, j in enumerate(look):
+        a, b = slice(q_end[i], q_end[i + 1]), slice(k_end[j], k_end[j + 1])
+        if a.stop > a.start:
+            block = None if mask.block is None else mask.block[a]
+            unseen = None if block is None else block[:, None] < block
+            yield a, b, causal[i], None if unseen is None else torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, NEVER)
+
+
+class _Rows(torch.autograd.Function):
+    """Rows one by one, each by torch's Flash kernel for CPUs, between slices of whole tensors.
+
+    Written out, because autograd would keep every row's output twice, and give each row gradients that it then adds up.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Mask) -> Tensor:
+        y, sums = torch.empty_like(q), []
+        for a, b, causal, may in _each_row(mask, q.dtype):
+            if b.stop == b.start:
+                y[a] = 0
+                continue
+            views = [_heads(x, heads) for x in (q[a], k[b], v[b])]
+            out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*views, 0.0, causal, attn_mask=may)
+            _heads(y[a], heads).copy_(out)
+            sums.append(log_sum)
+        ctx.save_for_backward(q, k, v, y, *sums)
+        ctx.heads, ctx.mask = heads, mask
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        q, k, v, y, *sums = ctx.saved_tensors
+        # Rows of keys may have many readers, or none.
+        shared = ctx.mask.k_row is not None or bool((ctx.mask.q.lengths == 0).any())
+        dq, (dk, dv) = torch.empty_like(q), ((torch.zeros_like if shared else torch.empty_like)(x) for x in (k, v))
+        left = iter(sums)
+        for a, b, causal, may in _each_row(ctx.mask, q.dtype):
+            if b.stop == b.start:
+                dq[a] = 0
+                continue
+            views = [_heads(x, ctx.heads) for x in (grad[a], q[a], k[b], v[b], y[a])]
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *views, next(left), 0.0, causal, attn_mask=may
+            )
+            _heads(dq[a], ctx.heads).copy_(parts[0])
+            for whole, part in ((dk, parts[1]), (dv, parts[2])):
+                own = _heads(whole[b], ctx.heads)
+                own.add_(part) if shared else own.copy_(part)
+        return dq, dk, dv, None, None

@@ -48,7 +48,7 @@ class TransformerConfig(Config):
     positions: Literal["sincos", "learned", "fourier", "rope"] = "sincos"
     init: Init = "scaled"
     mup_base: int | None = Field(None, ge=1)
-    attention: Literal["auto", "padded", "sdpa", "loop"] = "auto"
+    attention: Literal["auto", "padded", "sdpa", "loop", "varlen"] = "auto"
 
     @field_validator("size")
     @classmethod
@@ -87,12 +87,6 @@ class TransformerConfig(Config):
     def base(self) -> int:
         """The width whose sizes and rates are used: its own without muP."""
         return self.mup_base or self.width
-
-    def with_backend(self) -> TransformerConfig:
-        """Return the config with the attention backend chosen: rows one by one pay at large widths (scripts/bench/attention.py)."""
-        if self.attention != "auto":
-            return self
-        return self.model_copy(update={"attention": "loop" if self.width >= 512 else "padded"})
 
 
 class StackConfig(TransformerConfig):
@@ -208,7 +202,11 @@ class TokenModel(nn.Module, ABC):
 
     def nll(self, batch: Packed) -> Tensor:
         """Return (Td,) fp32: -log p of each answer, in nats."""
-        return grouped_nll(self.answers(batch), self.head.weight(), batch.dec_ids, batch.group_index, self.layout.sizes)
+        return self.nll_of(batch, self.answers(batch))
+
+    def nll_of(self, batch: Packed, answers_TD: Tensor) -> Tensor:
+        """Return `nll` of answers' vectors that are made."""
+        return grouped_nll(answers_TD, self.head.weight(), batch.dec_ids, batch.group_index, self.layout.sizes)
 
     def modality_sums(self, batch: Packed) -> tuple[Tensor, Tensor]:
         """Return (summed -log p, count), each (M,), per modality of the answers."""
@@ -223,7 +221,6 @@ class Stack(TokenModel):
 
     def __init__(self, config: StackConfig, layout: Layout):
         super().__init__()
-        config = config.with_backend()
         self.config, self.layout = config, layout
         d, m = config.width, len(layout.specs)
         self.embed = TokenTable(layout, d, 0.5)

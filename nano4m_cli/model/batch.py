@@ -5,6 +5,7 @@ Names: T tokens in all, S samples (or segments), C columns of the layout, D widt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -38,8 +39,16 @@ class Ragged:
     def rows(self) -> int:
         return self.lengths.shape[0]
 
+    def each(self, do: Callable[[Tensor], Tensor]) -> Ragged:
+        return replace(self, lengths=do(self.lengths), place=do(self.place))
+
     def to(self, device) -> Ragged:
-        return replace(self, lengths=self.lengths.to(device), place=self.place.to(device))
+        return self.each(sender(device))
+
+
+def sender(device) -> Callable[[Tensor], Tensor]:
+    """Return what brings a tensor of the host to a device: to CUDA without waiting, which pinned memory allows."""
+    return lambda x: x.to(device, non_blocking=torch.device(device).type == "cuda" and x.is_pinned())
 
 
 @dataclass(frozen=True)
@@ -68,13 +77,17 @@ class Packed:
     dec_context: Tensor | None = None
     enc_block: Tensor | None = None
 
-    def to(self, device) -> Packed:
+    def each(self, do: Callable[[Tensor], Tensor]) -> Packed:
+        """Return the batch with something done to all of its tensors."""
         def move(value):
             if isinstance(value, tuple):
                 return tuple(move(v) for v in value)
-            return value if value is None else value.to(device)
+            return value if value is None else value.each(do) if isinstance(value, Ragged) else do(value)
 
         return Packed(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+    def to(self, device) -> Packed:
+        return self.each(sender(device))
 
     @property
     def samples(self) -> int:

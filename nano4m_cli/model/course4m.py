@@ -144,8 +144,8 @@ class Course4M(ForeignModel):
             out.append(None if index is None else F.linear(answers_TD.index_select(0, index), weight[rows], bias))
         return out
 
-    def nll(self, batch: Packed) -> Tensor:
-        h = self.answers(batch)
+    def nll_of(self, batch: Packed, answers_TD: Tensor) -> Tensor:
+        h = answers_TD
         if self.config.softmax == "own":
             out = h.new_zeros(len(h), dtype=torch.float32)
             for index, logits in zip(batch.group_index, self.logits(batch, h), strict=True):

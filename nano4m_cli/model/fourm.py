@@ -48,7 +48,6 @@ class FourM(TokenModel):
 
     def __init__(self, config: FourMConfig, layout: Layout):
         super().__init__()
-        config = config.with_backend()
         self.config, self.layout = config, layout
         d, m = config.width, len(layout.specs)
         self.embed = TokenTable(layout, d, 0.5)

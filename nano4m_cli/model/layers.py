@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nano4m_cli.model.attention import Cache, Mask, attend, attend_folded, attend_kept
+from nano4m_cli.model.attention import Cache, Mask, attend, attend_folded, attend_kept, weights
 from nano4m_cli.model.batch import Ragged
 from nano4m_cli.model.positions import rotate
 from nano4m_cli.spec import Layout
@@ -162,6 +162,7 @@ class Attention(nn.Module):
     def __init__(self, cfg, out_gain: float):
         super().__init__()
         width, self.heads, self.backend = cfg.width, cfg.heads, cfg.attention
+        self.attend = attend
         self.q = linear(width, width)
         self.kv = linear(width, 2 * width)
         self.out = linear(width, width, out_gain)
@@ -184,7 +185,14 @@ class Attention(nn.Module):
         q, k, v = self._qkv(x, x if own else context, turn, turn if own else context_turn)
         if cache is not None:
             cache.fill(k, v, mask.k)
-        return self.out(attend(q, k, v, self.heads, mask, self.backend))
+        return self.out(self.attend(q, k, v, self.heads, mask, self.backend))
+
+    def look(self, x: Tensor, mask: Mask, context: Tensor | None = None, turn: Tensor | None = None,
+             context_turn: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """Return what `forward` weighs: per row of queries the weights (heads, Lq, Lk), and all values (Tk, D)."""
+        own = context is None
+        q, k, v = self._qkv(x, x if own else context, turn, turn if own else context_turn)
+        return weights(q, k, self.heads, mask), v
 
     def keep(self, x: Tensor, cache: Cache, rows: Ragged, at_S: Tensor, turn: Tensor | None = None) -> Tensor:
         """Put the keys (turned) and values of packed tokens behind the `at` tokens of each sample; return the queries (T, D)."""
@@ -248,3 +256,15 @@ class Block(nn.Module):
         """Return (T, D) after cross-attention to what is cached, and the MLP."""
         x = x + self.cross.recall(self.query_norm(x), cross, rows, seen_T, turn)
         return x + self.mlp(self.norm2(x))
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile every block of a model in place, for any number of tokens. Attention stays as it is: its kernels are written out,
+    and its masks differ from batch to batch. Names of parameters and the results (to rounding) stay too.
+    """
+    own = torch.compiler.disable(attend)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = own
+        if isinstance(module, Block):
+            module.compile(dynamic=True)

@@ -50,6 +50,7 @@ class Context:
         self._tokenizers: dict[str, Tokenizer] = {}
         self._others: dict[str, Context] = {}
         self.limit = limit
+        self.shared: dict[str, Any] = {}  # what one probe made and another uses
 
     @cached_property
     def info(self) -> DatasetInfo:

@@ -53,7 +53,7 @@ def listing(kind: str) -> dict[str, str]:
 def evaluate(
     workspace: Workspace, run_name: str | None, probes: Sequence[str] = (), split: str | None = None,
     limit: int | None = None, kind: str = "eval", progress: Progress | None = None, seed: int = 0,
-    device: str = "cpu", settings: Sequence[str] = (),
+    device: str = "cpu", settings: Sequence[str] = (), only_report: bool = False,
 ) -> EvalReport:
     """Run the named probes (default: all of the kind but costly ones), write eval/<probe>.json each, the gallery and the report.
 
@@ -62,13 +62,14 @@ def evaluate(
 
     Args:
         settings: "PROBE.KEY=VALUE", options of the probes that are run.
+        only_report: run none; write the gallery and the report of the results that are there (of jobs that ran a probe each).
     """
     progress = progress or (lambda what, done, total: None)
     known = listing(kind)
     for name in probes:
         if name not in known:
             raise UnknownNameError.of("probe", name, known)
-    wanted = list(dict.fromkeys(probes)) or [n for n in known if not PROBES.get(n).costly]
+    wanted = list(dict.fromkeys(probes)) or [n for n in known if not (only_report or PROBES.get(n).costly)]
     options = apply_overrides({}, settings)
     for name in options:
         if name not in wanted:

@@ -1,4 +1,4 @@
-"""Zero-shot classes from any modality: which caption is the most likely one, word by word and by whole captions of every class."""
+"""Zero-shot classes from any modality: the likeliest caption, word by word and among whole captions of every class."""
 
 from __future__ import annotations
 

@@ -1,72 +1,81 @@
-"""Linear readout of attributes from frozen encoder features, per layer and source modality."""
+"""Linear readout of labels from frozen features, per layer and source modality."""
 
 from __future__ import annotations
 
-import numpy as np
-import torch
+from collections.abc import Sequence
 
-from nano4m_cli.model.fourm import FourM
-from nano4m_cli.probes._base import Probe as Base
-from nano4m_cli.probes._context import Context
-from nano4m_cli.probes._result import Findings, mean_metric
+import numpy as np
+
+from nano4m_cli.probes._features import Features, Layer, Question
+from nano4m_cli.probes._readout import Answered, Readout
 
 KIND = "probe"
-FIT = 2000
 RIDGE = 1.0
+PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 
 
-class Probe(Base):
-    def missing(self, context: Context) -> str | None:
-        if not isinstance(context.model, FourM):
-            return f"features are read from runs of task fourm, this is one of task {context.run.config.task}"
-        return None if context.info.attributes else f"data set '{context.dataset.name}' states no attributes"
+class Probe(Readout):
+    version = 2  # 1: one penalty, the mean accuracy of every layer, no baselines
+    how = "readout: ridge regression to one-hot answers on standardised means of tokens"
 
-    def measure(self, context: Context) -> Findings:
-        fit = Context(context.run, context.run.config.data.train, FIT, context.seed, context.progress)
-        metrics = []
-        for source in context.names:
-            context.progress(f"linear from {source}", context.names.index(source), len(context.names))
-            train, test = features(fit, source), features(context, source)
-            for layer, (x, z) in enumerate(zip(train, test, strict=True)):
-                for attribute, values in context.attributes.items():
-                    # The first object's attribute: defined for every sample.
-                    y = np.array([values.index(v[0]) for v in fit.values(attribute)])
-                    truth = np.array([values.index(v[0]) for v in context.values(attribute)])
-                    guess = ridge_classifier(x, y, z, len(values))
-                    metrics.append(mean_metric(
-                        f"{source}/layer{layer}_{attribute}_acc", guess == truth, **context.baselines([source], attribute)
-                    ))
-        return Findings(metrics, [
-            f"features: mean of the encoder's tokens when one modality is shown whole, per layer (0: embedding); readout: "
-            f"ridge classifier (lambda {RIDGE}) fitted on {fit.n} train samples; target: the first object's attribute",
-        ])
+    def read(self, features: Features, source: str, untrained: bool) -> list[dict[str, Answered]]:
+        return [read_linear(layer, features.questions) for layer in features.means(source, untrained)]
+
+    def read_bag(self, features: Features, source: str) -> dict[str, Answered]:
+        return read_linear(features.bag(source), features.questions)
 
 
-def features(context: Context, source: str) -> list[np.ndarray]:
-    """Return per layer (N, D): mean encoder tokens of each sample with `source` shown whole; layer 0 is the embedding."""
-    shown = context.inside_NC & context.columns(source)
-    parts: list[list[np.ndarray]] = []
-    for a in range(0, context.n, 200):
-        packed = context.pack(context.ids_NC[a : a + 200], shown[a : a + 200], np.zeros_like(shown[a : a + 200]))
-        layers: list[torch.Tensor] = []
-        with torch.inference_mode():
-            first = context.model.embed_shown(packed)
-            context.model.encode(packed, layers)
-        lengths = packed.enc.lengths.cpu()
-        row = torch.repeat_interleave(torch.arange(packed.samples), lengths)
-        means = []
-        for x in [first, *layers]:
-            total = torch.zeros(packed.samples, x.shape[1]).index_add(0, row, x.float().cpu())
-            means.append((total / lengths[:, None]).numpy())
-        parts.append(means)
-    return [np.concatenate([p[i] for p in parts]) for i in range(len(parts[0]))]
+def read_linear(layer: Layer, questions: Sequence[Question]) -> dict[str, Answered]:
+    """Return each question's answers by the ridge classifier whose penalty is best on the samples that settle it (of equal ones
+    the largest)."""
+    out = {}
+    for rows, group in alike(questions):
+        x = [layer["fit"][rows], layer["choose"], layer["score"]]
+        y = [np.eye(len(q.values))[q.answers["fit"][rows]] for q in group]
+        cut = np.cumsum([0] + [t.shape[1] for t in y])
+        by_penalty = ridge_path(x[0], np.concatenate(y, 1), x[1:], PENALTIES)
+        for q, a, z in zip(group, cut[:-1], cut[1:], strict=True):
+            guesses = [[s[:, a:z].argmax(1) for s in scores] for scores in by_penalty]
+            chosen = [accuracy(q, choose) for choose, _ in guesses]
+            best = len(chosen) - 1 - int(np.argmax(chosen[::-1]))
+            out[q.name] = Answered(chosen[best], guesses[best][1])
+    return out
+
+
+def accuracy(q: Question, guess: np.ndarray, part: str = "choose") -> float:
+    """Return the accuracy of guesses for the first samples of a part, where the question arises."""
+    truth = q.answers[part][: len(guess)]
+    return float((guess == truth)[truth >= 0].mean()) if (truth >= 0).any() else 0.0
+
+
+def alike(questions: Sequence[Question]):
+    """Yield (fitted samples (n,), the questions that arise in just these)."""
+    groups: dict[bytes, list[Question]] = {}
+    for q in questions:
+        groups.setdefault((q.answers["fit"] >= 0).tobytes(), []).append(q)
+    for group in groups.values():
+        yield np.flatnonzero(group[0].answers["fit"] >= 0), group
+
+
+def ridge_path(
+    x: np.ndarray, target_NC: np.ndarray, others: Sequence[np.ndarray], penalties: Sequence[float]
+) -> list[list[np.ndarray]]:
+    """Return per penalty the scores (n, C) of `others` by a ridge regression of standardised x on targets.
+
+    By the normal equations of features, or of samples where those are fewer.
+    """
+    mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64) + 1e-6
+    x, *others = ((a - mean) / std for a in (x, *others))
+    offset = target_NC.mean(0)
+    wide = x.shape[1] > len(x)
+    gram, out = x @ x.T if wide else x.T @ x, []
+    for penalty in penalties:
+        inside = gram + penalty * np.eye(len(gram))
+        weight = x.T @ np.linalg.solve(inside, target_NC - offset) if wide else np.linalg.solve(inside, x.T @ (target_NC - offset))
+        out.append([z @ weight + offset for z in others])
+    return out
 
 
 def ridge_classifier(x: np.ndarray, y: np.ndarray, z: np.ndarray, classes: int, penalty: float = RIDGE) -> np.ndarray:
     """Return the guessed class (len(z),) of a ridge regression to one-hot targets on standardised features."""
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    x, z = (x - mean) / std, (z - mean) / std
-    target = np.eye(classes)[y]
-    offset = target.mean(0)
-    weight = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ (target - offset))
-    return (z @ weight + offset).argmax(1)
+    return ridge_path(x, np.eye(classes)[y], [z], [penalty])[0][0].argmax(1)

@@ -122,6 +122,11 @@ def marginal_nll(context: Context) -> Marginals:
     return Marginals(unigram, positional)
 
 
+def unigram_nll(context: Context) -> np.ndarray:
+    """Return (N, C): -log p of each id under its vocabulary's frequencies in the train split."""
+    return marginal_nll(context).unigram
+
+
 def _metric(name: str, nll: np.ndarray, marginal: np.ndarray, vocab: int, unit: float = 1.0) -> Metric:
     there = ~np.isnan(nll)
     counts = there.sum(1)

@@ -1,4 +1,4 @@
-"""What was learned by heart: loss on train against held-out samples, and how near generated samples are to the train split."""
+"""What was learned by heart: train against held-out loss, and how near generated samples are to train samples."""
 
 from __future__ import annotations
 

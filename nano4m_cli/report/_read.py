@@ -178,12 +178,20 @@ def read_run(folder: Path) -> Inputs:
         out.checkpoint = point.name
         state = attempt(point / "state.json", _json)
         out.state = state if isinstance(state, dict) else {}
-        out.parameters = attempt(point / "model.safetensors", _parameters)
+        out.parameters = attempt(point / "model.safetensors", _parameters) or _shared_parameters(out.state)
     return out
 
 
 def _json(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def _shared_parameters(state: dict[str, Any]) -> int | None:
+    """Return how many values a model has that several processes saved in shards, from state.json."""
+    try:
+        return sum(math.prod(entry["shape"]) for entry in state["shards"]["model"].values())
+    except (AttributeError, KeyError, TypeError):
+        return None
 
 
 def _parameters(path: Path) -> int:

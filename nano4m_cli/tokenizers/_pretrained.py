@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -200,11 +200,14 @@ def first_line(err: Exception) -> str:
     return (str(err).strip() or type(err).__name__).splitlines()[0]
 
 
-def from_transformers(found: dict[str, Path], model_class: str, model_type: str, wrong: Callable[[str], WeightsError]) -> Any:
+def from_transformers(
+    found: dict[str, Path], model_class: str, model_type: str, wrong: Callable[[str], WeightsError], unused: Collection[str] = ()
+) -> Any:
     """Return the transformers model of a folder with config.json and model.safetensors: whole, in fp32, for inference.
 
     Args:
         found: the files by name. model_class, model_type: as transformers calls them. wrong: makes the error.
+        unused: tensors that only training needs: published weights may lack them.
     """
     path = found["config.json"]
     try:
@@ -224,8 +227,8 @@ def from_transformers(found: dict[str, Path], model_class: str, model_type: str,
             )
     except Exception as err:  # transformers, safetensors and the config's checks raise types of their own
         raise wrong(str(err).strip() or type(err).__name__) from err
-    if info["missing_keys"]:
-        raise wrong(f"{len(info['missing_keys'])} tensors are missing, e.g. {min(info['missing_keys'])}")
+    if lacking := set(info["missing_keys"]) - set(unused):
+        raise wrong(f"{len(lacking)} tensors are missing, e.g. {min(lacking)}")
     return model.eval()
 
 

@@ -18,12 +18,25 @@ from nano4m_cli.model.fourm import FourMConfig
 
 
 class DataConfig(Config):
-    """dataset: folder below data/ (null: the only or newest one). modalities: in model order (empty: all tokenised)."""
+    """dataset: folder below data/ (null: the only or newest one). modalities: in model order (empty: all tokenised).
+
+    skip_broken: put the next sample of the order in the place of one that cannot be read, and count it; else that is an error.
+    url: where the data set lies, if not below data/ (http, https, s3, gs, hf, ...; docs/CLUSTER.md). Its shards are fetched
+        when their samples are due, into `cache` (null: data/.cache/stream; variables such as $TMPDIR are put in), which holds at
+        most `cache_gb`; a shard that does not come within `wait` seconds is an error. lanes, window: see StreamOrder.
+    """
 
     dataset: str | None = None
     modalities: list[str] = []
     train: str = "train"
     val: str = "val"
+    skip_broken: bool = False
+    url: str | None = None
+    cache: str | None = None
+    cache_gb: float = Field(20.0, gt=0)
+    wait: float = Field(300.0, gt=0)
+    lanes: int | None = Field(None, ge=1)
+    window: int = Field(4, ge=1)
 
     @field_validator("modalities")
     @classmethod
@@ -40,8 +53,16 @@ class TrainConfig(Config):
     lr: of AdamW; muon_lr: of Muon, which takes the hidden matrices where optimizer is muon.
     schedule: warmup is linear; cosine to min_lr * lr; wsd keeps lr and decays linearly over the last `decay` share.
     ema: decay of the averaged weights that are evaluated (0: none).
-    precision: auto is bf16 where the hardware multiplies bf16, else fp32.
+    precision: auto is bf16 where the hardware multiplies bf16 and the model is wide enough to gain by it, else fp32.
+    compile: whether blocks are compiled (torch.compile, for any number of tokens); the first steps then take a minute.
     workers: loader processes (0: in the training process); the data do not depend on it.
+    keep, keep_every, keep_best: which checkpoints stay: the newest so many, those of every so many steps (0: none), the best
+        by validation loss. save_async: write them beside the next steps.
+    parallel: several processes hold the model each (ddp), or share it out by rows (fsdp): for models too large for one.
+    recompute: make activations again in the backward pass instead of keeping them.
+    timeout: minutes that processes of a run wait for each other and for data, at most; more than saving a checkpoint takes.
+    stall: a step that takes so many times the median is told of.
+    sinks: where records go besides metrics.jsonl. log_keys: write down which samples each process saw in which step.
     """
 
     steps: int = Field(1000, ge=1)
@@ -59,17 +80,29 @@ class TrainConfig(Config):
     clip: float = Field(1.0, gt=0)
     ema: float = Field(0.0, ge=0, lt=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
     log_every: int = Field(25, ge=1)
     val_every: int = Field(250, ge=1)
     val_samples: int = Field(400, ge=1)
     checkpoint_every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1)
+    keep_every: int = Field(0, ge=0)
+    keep_best: bool = False
+    save_async: bool = False
     workers: int = Field(0, ge=0)
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    recompute: bool = False
+    timeout: float = Field(10.0, gt=0)
+    stall: float = Field(10.0, gt=1)
+    sinks: list[Literal["tensorboard", "wandb"]] = []
+    log_keys: bool = False
 
     @model_validator(mode="after")
     def _divides(self) -> TrainConfig:
         if self.batch % self.accumulate:
             raise ValueError(f"batch {self.batch} does not divide into {self.accumulate} parts")
+        if self.parallel == "fsdp" and self.optimizer == "muon":
+            raise ValueError("muon needs whole matrices, which no process has with parallel: fsdp; choose optimizer: adamw")
         return self
 
 

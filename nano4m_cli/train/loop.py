@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -21,14 +20,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nano4m_cli.compute import multiplies_bf16
+from nano4m_cli import dist
+from nano4m_cli.compute import pays_bf16
 from nano4m_cli.data._atomic import atomic_file
 from nano4m_cli.errors import CheckpointError, TrainingError
+from nano4m_cli.model.layers import compile_blocks
 from nano4m_cli.rng import torch_seed
 from nano4m_cli.train import checkpoint
 from nano4m_cli.train.config import TrainConfig
+from nano4m_cli.train.feed import Feed
 from nano4m_cli.train.optim import build_optimizers, clip_gradients
+from nano4m_cli.train.parallel import arrange
+from nano4m_cli.train.saving import Saver
 from nano4m_cli.train.schedule import lr_factor
+from nano4m_cli.train.sharding import fill, fill_optimizers, local
+from nano4m_cli.train.sinks import Sink, open_sinks
+from nano4m_cli.train.watch import KeyLog, Watch, stall_line, start_note
+
+# What ends training after the step: the first of those that came counts.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Task(Protocol):
@@ -58,12 +68,14 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What the loop calls back with. kind: "train", "val", "checkpoint", "done"."""
+    """What the loop calls back with. kind: "train", "val", "checkpoint", "done"; "stall" and "late", whose note is a line to be
+    shown, of a step that took long or is taking long (the latter by another thread, and on the rank that it is about)."""
 
     kind: str
     step: int
     steps: int
     figures: dict[str, float]
+    note: str = ""
 
 
 Callback = Callable[[StepRecord], None]
@@ -75,11 +87,12 @@ class Stopped(Exception):
     def __init__(self, step: int, signum: int):
         super().__init__(f"stopped at step {step}")
         self.step, self.signum = step, signum
+        self.speaks = dist.rank() == 0  # one process of a run says so
 
 
-def resolve_precision(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return the autocast dtype, or None for fp32. auto: bf16 where the hardware multiplies it."""
-    bf16 = multiplies_bf16(device.type) if precision == "auto" else precision == "bf16"
+def resolve_precision(precision: str, device: torch.device, width: int) -> torch.dtype | None:
+    """Return the autocast dtype, or None for fp32. auto: bf16 where it is quicker for a model of this width (0: of none)."""
+    bf16 = pays_bf16(device.type, width) if precision == "auto" else precision == "bf16"
     return torch.bfloat16 if bf16 else None
 
 
@@ -98,57 +111,73 @@ class Trainer:
         self.header = header or {}
         self.callback = callback or (lambda record: None)
         self.model = task.model.to(self.device)
+        if config.compile:
+            compile_blocks(self.model)
+        self.parallel = arrange(task, config, self.device)
         self.optimizers = build_optimizers(self.model, config)
         self.critic: nn.Module | None = getattr(task, "critic", None)
         if self.critic is not None:
             self.critic.to(self.device)
             self.optimizers += build_optimizers(self.critic, config)
-        self.dtype = resolve_precision(config.precision, self.device)
+        width = getattr(getattr(self.model, "config", None), "width", 0)
+        self.dtype = resolve_precision(config.precision, self.device, width)
         self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()} if config.ema else None
         self.step = 0
         self._window: list[dict[str, float]] = []  # figures since the last record
-        self._stop: int | None = None
+        self._stop: int | None = None  # the signal this process got
+        self._agreed: int | None = None  # the one that all processes know of
         self._written = -1
+        self._val_loss: float | None = None
+        self.watch = Watch(self.device, config.stall)
+        self._times: tuple[list[float], list[float]] = [0.0], [0.0]  # of the last step, by rank: waiting for data, computing
+        self.sinks: list[Sink] = []
+        self.keys: KeyLog | None = None
+        tell = lambda step: self.callback(StepRecord("checkpoint", step, config.steps, {}))  # noqa: E731
+        self.saver = Saver(run, config, tell) if run is not None else None
 
     # -- state ----------------------------------------------------------------------------------------------------
 
     def resume(self) -> int:
         """Load the newest checkpoint and drop later metrics; return the step to go on from."""
-        point = checkpoint.load(checkpoint.latest(self.run))
-        self.model.load_state_dict({k: v.to(self.device) for k, v in point.tensors["model"].items()})
-        if self.critic is not None:
-            if "critic" not in point.tensors:
-                raise CheckpointError(
-                    f"{point.path} has no critic: the run was started without one", "start another with name=NEW"
-                )
-            self.critic.load_state_dict(point.tensors["critic"])
-        checkpoint.unpack_optimizers(self.optimizers, point.tensors["optimizer"])
-        if self.ema is not None:
-            for k, v in point.tensors["ema"].items():
-                self.ema[k].copy_(v)
+        newest = dist.told(checkpoint.latest(self.run).name if dist.rank() == 0 else None)
+        with dist.together():
+            point = checkpoint.Reader(self.run / "checkpoints" / newest)
+            self._restore(point)
         self.step = self._written = point.state["step"]
         self._window = point.state.get("window", [])
+        self._val_loss = point.state.get("val_loss")
         path = self.run / "metrics.jsonl"
-        if path.is_file():
+        if dist.rank() == 0 and path.is_file():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= self.step]
             with atomic_file(path) as file:
                 file.write("".join(line + "\n" for line in kept).encode())
         return self.step
 
+    def _restore(self, point: checkpoint.Reader) -> None:
+        """Fill weights and optimizers from a checkpoint, of any number of ranks; each rank reads its own rows."""
+        fill(point, "model", self.model.state_dict())
+        if self.critic is not None:
+            if not point.has("critic"):
+                raise CheckpointError(
+                    f"{point.path} has no critic: the run was started without one", "start another with name=NEW"
+                )
+            fill(point, "critic", self.critic.state_dict())
+        if self.ema is not None:
+            fill(point, "ema", self.ema)
+        fill_optimizers(point, self.optimizers)
+
     def save(self) -> None:
         """Write a checkpoint of the current step, once."""
-        if self.run is None or self._written == self.step:
+        if self.saver is None or self._written == self.step:
             return
         tensors = {"model": dict(self.model.state_dict()), "optimizer": checkpoint.pack_optimizers(self.optimizers)}
         if self.ema is not None:
             tensors["ema"] = self.ema
         if self.critic is not None:
             tensors["critic"] = dict(self.critic.state_dict())
-        state = {**self.header, **self.task.state(), "window": self._window}
-        path = checkpoint.save(self.run, self.step, tensors, state, self.c.keep)
+        state = {**self.header, **self.task.state(), "window": list(self._window), "val_loss": self._val_loss}
+        self.saver.save(self.step, tensors, state)
         self._written = self.step
-        self.callback(StepRecord("checkpoint", self.step, self.c.steps, {}))
-        assert path.is_dir(), path
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -160,13 +189,13 @@ class Trainer:
         before = {k: p.detach().clone() for k, p in params.items()}
         with torch.no_grad():
             for k, p in params.items():
-                p.copy_(self.ema[k])
+                local(p).copy_(local(self.ema[k]))
         try:
             yield
         finally:
             with torch.no_grad():
                 for k, p in params.items():
-                    p.copy_(before[k])
+                    local(p).copy_(local(before[k]))
 
     # -- running --------------------------------------------------------------------------------------------------
 
@@ -175,31 +204,80 @@ class Trainer:
 
         SIGTERM, SIGUSR1 and Ctrl-C end the current step, write a checkpoint and raise `Stopped`.
         """
-        with self._signals():
+        late = lambda line: self.callback(StepRecord("late", self.step, self.c.steps, {}, line))  # noqa: E731
+        with (
+            self._signals(), contextlib.closing(self._loader()) as feed, contextlib.closing(self.saver or feed),
+            self.watch.patrol(lambda: self.parallel.doing, late, dist.rank()),
+        ):
             figures: dict[str, float] = {}
+            self._begin()
             clock, since = time.perf_counter(), self.step
-            loader = self._loader()
-            for parts in loader:
+            for parts in self._watched(feed):
                 window = self._window
                 window.append(self._one_step(parts))
+                self._end_step()
                 if self.step % self.c.log_every == 0 or self.step == self.c.steps:
                     now = time.perf_counter()
                     mean = {k: sum(w[k] for w in window if k in w) / sum(k in w for w in window) for w0 in window for k in w0}
                     mean["samples_per_s"] = (self.step - since) * self.c.batch / max(now - clock, 1e-9)
                     self._record("train", mean)
+                    self._write("speed", self.watch.speed())
                     self._window, clock, since = [], now, self.step
                 if self.step % self.c.val_every == 0 or self.step == self.c.steps:
                     before = time.perf_counter()
                     figures = self.validate()
+                    self._val_loss = figures.get("loss")
                     self._record("val", figures)
                     clock += time.perf_counter() - before
                 if self.step % self.c.checkpoint_every == 0 or self.step == self.c.steps:
                     self.save()
-                if self._stop is not None:
+                stop = self._stop if dist.ranks() == 1 else self._agreed
+                if stop is not None:
                     self.save()
-                    raise Stopped(self.step, self._stop)
+                    self._saved()
+                    raise Stopped(self.step, stop)
+                if self.saver is not None:
+                    self.saver.poll()
+            self._saved()
             self._record("done", figures)
             return figures
+
+    def _begin(self) -> None:
+        """Note the start, and open what takes records."""
+        if self.run is None:
+            return
+        with dist.together():
+            if dist.rank() == 0:
+                self.sinks = open_sinks(self.c.sinks, self.run, self.c.model_dump(mode="json"))
+                self._write("start", start_note(self.device))
+            if self.c.log_keys:
+                self.keys = KeyLog(self.run, self.step)
+
+    def _watched(self, feed: Feed) -> Iterator[list[Any]]:
+        """Yield what the feed gives, timed; tell of samples that others stand for."""
+        tokens = getattr(self.task, "tokens", lambda part: 0)
+        while True:
+            self.watch.begins()
+            parts = next(feed, None)
+            if parts is None:
+                return
+            self.watch.fed(sum(tokens(p) for p in parts))
+            skipped = [why for p in parts for why in getattr(p, "skipped", ())]
+            if skipped:
+                self._write("skipped", {"n": len(skipped), "samples": skipped})
+            yield parts
+
+    def _end_step(self) -> None:
+        if self.keys is not None:
+            self.keys.write(self.step, self.task.keys(self.step - 1))
+        note = self.watch.ends(*self._times)
+        if note is not None:
+            self._write("stall", note)
+            self.callback(StepRecord("stall", self.step, self.c.steps, {}, stall_line(self.step, note)))
+
+    def _saved(self) -> None:
+        if self.saver is not None:
+            self.saver.finish()
 
     def validate(self) -> dict[str, float]:
         self.model.eval()
@@ -214,22 +292,24 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         figures: dict[str, Tensor] = {}
+        self.parallel.seconds = 0.0
         for part in parts:
             if self.critic is not None:
                 self.critic.requires_grad_(False)  # judged by it, not training it
-            with self._autocast():
-                loss, named = self.task.loss(part)
-            loss.backward()
+            named = self.parallel.backward(part, self._autocast(), part is parts[-1])
             if self.critic is not None:
                 named = {**named, **self._critic_backward()}
-            for k, v in {"loss": loss, **named}.items():
+            for k, v in named.items():
                 figures[k] = figures.get(k, 0.0) + v.detach()
+        mine = {k: float(v) for k, v in figures.items()}
+        shared = self._share(mine)
         norm = clip_gradients(self.model.parameters(), self.c.clip)
-        finite = math.isfinite(float(figures["loss"])) and math.isfinite(norm)
+        whole = self._shared(mine, shared)
+        finite = math.isfinite(whole["loss"]) and math.isfinite(norm)
         if self.critic is not None:
             finite &= math.isfinite(clip_gradients(self.critic.parameters(), self.c.clip))
         if not finite:
-            self._not_finite(figures, norm)
+            self._not_finite(mine, norm)
         factor = lr_factor(self.step, self.c)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -239,8 +319,26 @@ class Trainer:
         if self.ema is not None:
             # The average forgets its start: early on it is over the steps so far.
             decay = min(self.c.ema, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.model.parameters()], 1 - decay)
-        return {**{k: float(v) for k, v in figures.items()}, "grad_norm": norm, "lr": self.c.lr * factor}
+            now = [local(p.detach()) for p in self.model.parameters()]
+            torch._foreach_lerp_([local(v) for v in self.ema.values()], now, 1 - decay)
+        return {**whole, "grad_norm": norm, "lr": self.c.lr * factor}
+
+    def _share(self, mine: dict[str, float]) -> dist.Summing:
+        """Begin to add up what ranks say of a step: their shares of its figures, the signals they got, and their seconds."""
+        asked = [float(self._stop == s) for s in SIGNALS]
+        times = torch.zeros(2, dist.ranks(), dtype=torch.float64)
+        times[:, dist.rank()] = torch.tensor([self.watch.wait, self.parallel.seconds], dtype=torch.float64)
+        return dist.Summing(torch.cat([torch.tensor([*mine.values(), *asked], dtype=torch.float64), times.flatten()]))
+
+    def _shared(self, mine: dict[str, float], shared: dist.Summing) -> dict[str, float]:
+        """Return the whole step's figures; take note of a signal that any rank got, and of all ranks' seconds."""
+        values = shared.wait().tolist()
+        rest = values[len(mine) :]
+        asked = [s for s, n in zip(SIGNALS, rest, strict=False) if n]
+        self._agreed = asked[0] if asked else None
+        times = rest[len(SIGNALS) :]
+        self._times = times[: dist.ranks()], times[dist.ranks() :]
+        return dict(zip(mine, values, strict=False))
 
     def _critic_backward(self) -> dict[str, Tensor]:
         self.critic.requires_grad_(True)
@@ -251,16 +349,20 @@ class Trainer:
         loss.backward()
         return {"critic": loss}
 
-    def _not_finite(self, figures: dict[str, Tensor], norm: float) -> None:
-        named = ", ".join(f"{k}={float(v):.4g}" for k, v in figures.items())
+    def _not_finite(self, mine: dict[str, float], norm: float) -> None:
+        """Raise on all ranks; the first of those whose own figures are bad (else rank 0) names its samples."""
+        bad = [r for r, n in enumerate(dist.gathered(sum(not math.isfinite(v) for v in mine.values()))) if n]
+        named = ", ".join(f"{k}={v:.4g}" for k, v in mine.items())
         keys = self.task.keys(self.step)
         shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
         last = checkpoint.checkpoints(self.run) if self.run else []
-        raise TrainingError(
+        error = TrainingError(
             f"step {self.step + 1}: loss or gradient is not finite ({named}, grad_norm={norm:.4g}); samples: {shown}",
             f"last good checkpoint: {last[-1] if last else 'none yet'}; look at the samples, lower train.lr, or set "
             "train.precision=fp32",
         )
+        error.said = dist.rank() != (bad[0] if bad else 0)
+        raise error
 
     def _autocast(self):
         if self.dtype is None:
@@ -268,30 +370,32 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def _record(self, kind: str, figures: dict[str, float]) -> None:
-        if self.run is not None and kind != "done":
-            line = json.dumps({"kind": kind, "step": self.step, "time": round(time.time(), 3), **figures})
-            path = self.run / "metrics.jsonl"
-            try:
-                with open(path, "a") as file:
-                    file.write(line + "\n")
-            except OSError as err:
-                last = checkpoint.checkpoints(self.run)
-                raise TrainingError(
-                    f"step {self.step}: cannot write {path}: {err.strerror}",
-                    f"the last good checkpoint is {last[-1].name if last else 'none'}; free some space and go on with --resume",
-                ) from err
+        if kind != "done":
+            self._write(kind, figures)
         self.callback(StepRecord(kind, self.step, self.c.steps, figures))
 
-    def _loader(self):
-        """Yield the parts of every step to come; with workers, made ahead in other processes."""
-        todo = range(self.step, self.c.steps)
-        if self.c.workers == 0:
-            return (self._move(self.task.batch(s)) for s in todo)
-        loader = torch.utils.data.DataLoader(
-            _Steps(self.task), batch_size=None, sampler=list(todo), num_workers=self.c.workers, prefetch_factor=4,
-            worker_init_fn=_leave_signals,
-        )
-        return (self._move(parts) for parts in loader)
+    def _write(self, kind: str, figures: dict[str, Any]) -> None:
+        """Append a record to metrics.jsonl, and hand it to the sinks."""
+        if self.run is None or dist.rank():
+            return
+        line = json.dumps({"kind": kind, "step": self.step, "time": round(time.time(), 3), **figures})
+        path = self.run / "metrics.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(line + "\n")
+        except OSError as err:
+            last = checkpoint.checkpoints(self.run)
+            raise TrainingError(
+                f"step {self.step}: cannot write {path}: {err.strerror}",
+                f"the last good checkpoint is {last[-1].name if last else 'none'}; free some space and go on with --resume",
+            ) from err
+        for sink in self.sinks:
+            sink(kind, self.step, figures)
+
+    def _loader(self) -> Feed:
+        """Return what gives the parts of every step to come."""
+        cuda = self.device.type == "cuda"
+        return Feed(self.task, range(self.step, self.c.steps), self.c.workers, self.c.timeout, self._move, pin=cuda)
 
     def _move(self, parts: list[Any]) -> list[Any]:
         return parts if self.device.type == "cpu" else [p.to(self.device) for p in parts]
@@ -308,32 +412,12 @@ class Trainer:
                 raise KeyboardInterrupt  # the second Ctrl-C does not wait
             self._stop = signum
 
-        wanted = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGUSR1] if os.name == "posix" else [])
-        before = {s: signal.signal(s, ask) for s in wanted}
+        before = {s: signal.signal(s, ask) for s in SIGNALS}
         try:
             yield
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
-
-
-def _leave_signals(worker: int) -> None:
-    """Leave stopping to the training process: signals often reach the whole group, and it still needs its loaders."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-class _Steps(torch.utils.data.Dataset):
-    """`task.batch` as a map-style data set over steps."""
-
-    def __init__(self, task: Task):
-        self.task = task
-
-    def __getitem__(self, step: int) -> list[Any]:
-        return self.task.batch(step)
-
-    def __len__(self) -> int:
-        return 1 << 40
 
 
 def _step_of(line: str) -> int:

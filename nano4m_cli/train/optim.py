@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nano4m_cli.compute import multiplies_bf16
 from nano4m_cli.train.config import TrainConfig
+from nano4m_cli.train.sharding import is_shared, local, norm_over_ranks
 
 
 class Muon(torch.optim.Optimizer):
@@ -69,8 +70,14 @@ def clip_gradients(params: Iterable[Tensor], limit: float) -> float:
     """Return the norm of all gradients together, after scaling them down to `limit` where it is more; where it is not, they
     are not touched (`clip_grad_norm_` multiplies them by one)."""
     params = [p for p in params if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in params])
-    if norm > limit:
+    shared = any(is_shared(p.grad) for p in params)
+    grads = [local(p.grad) for p in params]
+    norm = nn.utils.get_total_norm(grads)
+    if shared:
+        norm = norm_over_ranks(norm)
+    if norm > limit and shared:
+        torch._foreach_mul_(grads, (limit / (norm + 1e-6)).item())
+    elif norm > limit:
         nn.utils.clip_grads_with_norm_(params, limit, norm)
     return float(norm)
 

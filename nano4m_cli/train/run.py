@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,10 +13,11 @@ from typing import Any
 
 import torch
 
-from nano4m_cli import __version__
+from nano4m_cli import __version__, dist
 from nano4m_cli.config import dump_yaml, load_yaml
-from nano4m_cli.data._atomic import atomic_file
+from nano4m_cli.data._atomic import atomic_file, write_json
 from nano4m_cli.data.loader import TokenData
+from nano4m_cli.data.stream import cache_of, open_remote
 from nano4m_cli.data.workspace import DatasetFolder, Workspace
 from nano4m_cli.errors import CheckpointError, ConfigError, DataError
 from nano4m_cli.masking._mixture import MaskReport, Mixture
@@ -29,11 +31,16 @@ from nano4m_cli.rng import torch_seed
 from nano4m_cli.spec import Layout, TokenSpec
 from nano4m_cli.train import checkpoint
 from nano4m_cli.train.config import RunConfig, parse_run_config
-from nano4m_cli.train.loop import StepRecord, Trainer
+from nano4m_cli.train.loop import StepRecord, Stopped, Trainer
 from nano4m_cli.train.tasks import FourMTask
 
 # Settings of a run that do not change what it computes; a resume may change them.
-FREE = ("log_every", "checkpoint_every", "keep", "workers")
+FREE = {
+    "train": ("log_every", "checkpoint_every", "keep", "keep_every", "keep_best", "save_async", "workers", "parallel", "recompute",
+              "timeout", "stall", "sinks", "log_keys"),
+    "data": ("skip_broken", "url", "cache", "cache_gb", "wait"),
+}
+STOPPED = "stopped.json"  # lies in a run's folder from a stop by a signal until the run goes on
 DRY_SAMPLES = 8192
 MODELS: dict[str, type[TokenModel]] = {
     "fourm": FourM, "gpt": GPT, "maskgit": MaskGIT, "course4m": Course4M, "apple4m": Apple4M,
@@ -65,20 +72,21 @@ def prepare(config: RunConfig, workspace: Workspace) -> Prepared:
         chosen = chosen.model_copy(update={
             "dataset": chosen.dataset or before.data.dataset, "modalities": chosen.modalities or before.data.modalities,
         })
-    dataset = workspace.dataset(chosen.dataset)
+    dataset = open_remote(chosen.url, workspace, chosen.dataset) if chosen.url else workspace.dataset(chosen.dataset)
+    cache = cache_of(dataset, chosen.cache, chosen.cache_gb, chosen.wait)
     modalities = chosen.modalities or _in_order(dataset)
     if not modalities:
         raise DataError(f"data set '{dataset.name}' has no tokens", "run 'nano4m tokenize' first")
-    train = TokenData(dataset, config.data.train, modalities)
+    train = TokenData(dataset, config.data.train, modalities, config.data.skip_broken, cache)
     # A data set without the usual val split still trains; a split that was named must be there.
     has_val = config.data.val != "val" or dataset.tokens(modalities[0], "val").is_dir()
-    val = TokenData(dataset, config.data.val, modalities) if has_val else None
+    val = TokenData(dataset, config.data.val, modalities, cache=cache) if has_val else None
     torch.manual_seed(torch_seed(config.seed, "init"))
     model = MODELS[config.task](config.model, train.layout)
     # The data set and modalities that were chosen are part of the run from here on.
     data = config.data.model_copy(update={"dataset": dataset.name, "modalities": list(modalities)})
     config = config.model_copy(update={"data": data})
-    task = FourMTask(config, train, val, model)
+    task = FourMTask(config, train, val, model, dist.rank(), dist.ranks())
     summary = {
         "run": config.name,
         "dataset": dataset.name,
@@ -105,7 +113,43 @@ def start(prepared: Prepared, resume: bool, device: str, callback: Callable[[Ste
 
     Without `resume` a run folder that holds checkpoints is not touched; with it, config and tokens must be those the
     run was started with.
+
+    Raises:
+        Stopped: on a signal, after a checkpoint; stopped.json in the run's folder says so to whoever starts it again.
     """
+    run, config = prepared.folder, prepared.config
+    config_path = run / "config.yaml"
+    with dist.together():
+        exists = _check_folder(prepared, resume)
+    with dist.together():
+        if dist.rank() == 0:
+            run.mkdir(parents=True, exist_ok=True)
+            checkpoint.sweep(run)
+            with atomic_file(config_path) as file:
+                file.write(dump_yaml(config).encode())
+            if not exists:
+                (run / "metrics.jsonl").unlink(missing_ok=True)
+    header = {"version": __version__, "task": config.task, "created": round(time.time(), 1)}
+    trainer = Trainer(prepared.task, config.train, config.seed, run, header, device, callback)
+    if exists:
+        trainer.resume()
+        if trainer.step >= config.train.steps:
+            return trainer.validate()
+    if dist.rank() == 0:
+        (run / STOPPED).unlink(missing_ok=True)
+    try:
+        return trainer.fit()
+    except Stopped as err:
+        with dist.together():
+            if dist.rank() == 0:
+                note = {"step": err.step, "steps": config.train.steps, "signal": signal.Signals(err.signum).name,
+                        "time": round(time.time(), 3)}
+                write_json(run / STOPPED, note)
+        raise
+
+
+def _check_folder(prepared: Prepared, resume: bool) -> bool:
+    """Return whether the run has checkpoints; raise where it must not be gone on with as it is."""
     run, config = prepared.folder, prepared.config
     config_path = run / "config.yaml"
     exists = bool(checkpoint.checkpoints(run))
@@ -127,19 +171,7 @@ def start(prepared: Prepared, resume: bool, device: str, callback: Callable[[Ste
             )
         specs = checkpoint.load(checkpoint.latest(run), parts=()).state["specs"]
         check_specs([TokenSpec.model_validate(s) for s in specs], prepared.task.layout.specs)
-    run.mkdir(parents=True, exist_ok=True)
-    checkpoint.sweep(run)
-    with atomic_file(config_path) as file:
-        file.write(dump_yaml(config).encode())
-    header = {"version": __version__, "task": config.task, "created": round(time.time(), 1)}
-    trainer = Trainer(prepared.task, config.train, config.seed, run, header, device, callback)
-    if exists:
-        trainer.resume()
-        if trainer.step >= config.train.steps:
-            return trainer.validate()
-    else:
-        (run / "metrics.jsonl").unlink(missing_ok=True)
-    return trainer.fit()
+    return exists
 
 
 def check_specs(then: list[TokenSpec], now: list[TokenSpec]) -> None:
@@ -163,7 +195,7 @@ def _differences(before: dict, config: RunConfig) -> list[str]:
     def walk(a: Any, b: Any, path: tuple[str, ...]) -> list[str]:
         if isinstance(a, dict) and isinstance(b, dict):
             return [d for k in {**a, **b} for d in walk(a.get(k), b.get(k), (*path, k))]
-        if a == b or (len(path) == 2 and path[0] == "train" and path[1] in FREE):
+        if a == b or (len(path) == 2 and path[1] in FREE.get(path[0], ())):
             return []
         return [f"{'.'.join(path)}: {a} -> {b}"]
 

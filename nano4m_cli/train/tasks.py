@@ -2,48 +2,89 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nano4m_cli import dist
 from nano4m_cli.data.loader import SampleOrder, TokenData
+from nano4m_cli.data.stream_order import StreamOrder
 from nano4m_cli.errors import ConfigError, DataError, did_you_mean
 from nano4m_cli.masking._base import Key
 from nano4m_cli.masking._blocks import draw_blocks
 from nano4m_cli.masking._mixture import Mixture
 from nano4m_cli.model.base import TokenModel
-from nano4m_cli.model.batch import Packed, pack
+from nano4m_cli.model.batch import Packed, pack, sender
 from nano4m_cli.rng import bits
 from nano4m_cli.tokenizers._base import GradientTokenizer, codebook_use
-from nano4m_cli.train.config import RunConfig
+from nano4m_cli.train.config import RunConfig, TrainConfig
+
+VAL_PART = 100  # validation samples computed at once
+TRIES = 100  # samples that may be broken on end
 
 
 @dataclass(frozen=True)
 class Part:
-    """A micro-batch, and how many answers of each modality (M,) the whole step has."""
+    """A micro-batch, and how many answers of each modality (M,) the whole step has.
+
+    skipped: what was wrong with the step's samples that others stand for (told by the first part of each rank).
+    """
 
     packed: Packed
     answers_M: Tensor
+    skipped: tuple[str, ...] = ()
+
+    def each(self, do: Callable[[Tensor], Tensor]) -> Part:
+        return replace(self, packed=self.packed.each(do), answers_M=do(self.answers_M))
 
     def to(self, device) -> Part:
-        return Part(self.packed.to(device), self.answers_M.to(device))
+        return self.each(sender(device))
+
+    def pin_memory(self) -> Part:
+        """Return the part in pinned memory: what loaders ask of a batch that goes to CUDA."""
+        return self.each(torch.Tensor.pin_memory)
+
+
+def check_divides(train: TrainConfig, ranks: int) -> None:
+    """Raise ConfigError unless a step's batch divides among the processes and their parts."""
+    if train.batch % (train.accumulate * ranks):
+        parts = f"{ranks} processes" + (f" of train.accumulate={train.accumulate} parts each" if train.accumulate > 1 else "")
+        whole = train.accumulate * ranks
+        near = sorted({max(train.batch // whole, 1) * whole, -(-train.batch // whole) * whole})
+        raise ConfigError(
+            f"train.batch: {train.batch} samples do not divide among {parts}", "the nearest that do: " + ", ".join(map(str, near))
+        )
+
+
+def deal(tokens_B: np.ndarray, ranks: int) -> list[np.ndarray]:
+    """Return each rank's samples by place: as many each, and about as many tokens.
+
+    Dealt out from the longest to the shortest, back and forth; within a rank they keep their order.
+    """
+    if ranks == 1:
+        return [np.arange(len(tokens_B))]
+    order = np.argsort(-tokens_B, kind="stable").reshape(-1, ranks)
+    order[1::2] = order[1::2, ::-1]
+    return list(np.sort(order, axis=0).T)
 
 
 class FourMTask:
     """Masked modelling on the token shards of a data set.
 
     Args:
-        rank, ranks: which of so many equal parts of every step's batch this process makes. Samples, masks and the answers that
-            losses are divided by are those of the whole batch, the same for any number of ranks.
+        rank, ranks: which of so many parts, equal in samples, of every step's batch this process makes. Samples, masks and the
+            answers that losses are divided by are those of the whole batch, the same for any number of ranks.
     """
 
     def __init__(
         self, config: RunConfig, train: TokenData, val: TokenData | None, model: TokenModel, rank: int = 0, ranks: int = 1
     ):
-        assert 0 <= rank < ranks and config.train.batch % (config.train.accumulate * ranks) == 0, (rank, ranks)
+        assert 0 <= rank < ranks, (rank, ranks)
+        check_divides(config.train, ranks)
         self.rank, self.ranks = rank, ranks
         self.config, self.train, self.val, self.model = config, train, val, model
         self.layout = train.layout
@@ -54,34 +95,86 @@ class FourMTask:
         self.mixture = Mixture(config.masking, self.layout)
         if not len(train):
             raise DataError(f"split '{train.name}' of data set '{train.dataset.name}' is empty")
-        self.order = SampleOrder(len(train), config.seed)
-        self._val: list[Part] | None = None
+        data = config.data
+        self.order = train.order(config.seed, config.train.batch, data.lanes, data.window)
+        if isinstance(self.order, StreamOrder):
+            self.order.rows(rank, ranks)  # an error now rather than later
+            if data.skip_broken:
+                hint = "leave data.skip_broken out: shards that come are checked by their sha256"
+                raise ConfigError("data.skip_broken needs shards that are here", hint)
+        self._val: tuple[list[Part], bool] | None = None
 
     def _counters(self, step: int) -> np.ndarray:
         b = self.config.train.batch
         return np.arange(step * b, (step + 1) * b)
 
-    def _parts(self, data: TokenData, index: np.ndarray, key: Key, parts: int, mine: slice = slice(None)) -> list[Part]:
-        """Return the chosen ones of so many parts of the samples `index`; only theirs are read."""
+    def _parts(self, data: TokenData, index: np.ndarray, key: Key, choose: Callable[[np.ndarray], list[np.ndarray]]) -> list[Part]:
+        """Return parts of the samples `index`; only theirs are read.
+
+        Args:
+            choose: which samples are in each part wanted, by place in `index`, given every sample's tokens (B,).
+        """
         shown, asked = self.mixture.draw(data.lengths(index), key)
         answers = torch.from_numpy(np.add.reduceat(asked.sum(0), self.layout.start[:-1]).astype(np.float32))
-        rows = [slice(r[0], r[-1] + 1) for r in np.array_split(np.arange(len(index)), parts)][mine]
-        own = slice(rows[0].start, rows[-1].stop)
-        variants = max(s.variants for s in self.layout.specs)
-        variant = (bits(key.seed, key.stream + "/variant", key.counter_B[own]) % np.uint64(variants)).astype(np.int64)
-        ids, _ = data.read(index[own], variant)
+        rows = choose(shown.sum(1) + asked.sum(1))
+        own = np.concatenate(rows)
+        ids, _ = data.read(index[own], self._variant(key.stream, key.counter_B[own], key.seed))
         registers = self.model.config.registers
         block = draw_blocks(self.layout, shown, asked, key.sub("block")) if self.model.in_blocks else None
+        ends = np.cumsum([len(r) for r in rows])
         return [
-            Part(pack(self.layout, ids[r.start - own.start : r.stop - own.start], shown[r], asked[r], registers,
+            Part(pack(self.layout, ids[end - len(r) : end], shown[r], asked[r], registers,
                       block_BC=None if block is None else block[r]), answers)
-            for r in rows
+            for r, end in zip(rows, ends.tolist(), strict=True)
         ]
 
     def batch(self, step: int) -> list[Part]:
-        counter, each = self._counters(step), self.config.train.accumulate
-        mine = slice(self.rank * each, (self.rank + 1) * each)
-        return self._parts(self.train, self.order.at(counter), Key(self.config.seed, "mask", counter), each * self.ranks, mine)
+        counter, parts = self._counters(step), self.config.train.accumulate
+
+        def mine(tokens_B: np.ndarray) -> list[np.ndarray]:
+            return np.array_split(self._mine(tokens_B, step), parts)
+
+        index, skipped = self._readable(step)
+        parts = self._parts(self.train, index, Key(self.config.seed, "mask", counter), mine)
+        return [replace(parts[0], skipped=tuple(skipped.values())), *parts[1:]] if skipped else parts
+
+    def _mine(self, tokens_B: np.ndarray, step: int) -> np.ndarray:
+        """Return the places of this rank's samples in a step's batch; of a stream, those of its own lanes."""
+        if isinstance(self.order, StreamOrder):
+            rows = self.order.rows(self.rank, self.ranks)
+            self.train.soon(self.order.ahead(rows, step))
+            return rows
+        return deal(tokens_B, self.ranks)[self.rank]
+
+    def _readable(self, step: int) -> tuple[np.ndarray, dict[int, str]]:
+        """Return the samples of a step, and what was wrong with those that others stand for, by place.
+
+        Each rank looks at the whole step, so that all agree: answers are counted over samples that others read.
+        """
+        counter = self._counters(step)
+        index, skipped = self.order.at(counter), {}
+        if not self.config.data.skip_broken:
+            return index, skipped
+        todo, ahead = np.arange(len(index)), 0
+        while len(todo):
+            bad = self.train.broken(index[todo], self._variant("mask", counter[todo]))
+            todo, ahead = todo[sorted(bad)], ahead + 1
+            for place, why in zip(todo.tolist(), (bad[i] for i in sorted(bad)), strict=True):
+                skipped.setdefault(place, why)
+            if ahead > TRIES:
+                raise DataError(f"{TRIES} samples on end cannot be read, the last because {why}", "run 'nano4m tokenize' again")
+            index[todo] = self.order.at(counter[todo] + ahead)
+        return index, skipped
+
+    def _variant(self, stream: str, counter_B: np.ndarray, seed: int | None = None) -> np.ndarray:
+        variants = max(s.variants for s in self.layout.specs)
+        mark = bits(self.config.seed if seed is None else seed, stream + "/variant", counter_B)
+        return (mark % np.uint64(variants)).astype(np.int64)
+
+    @staticmethod
+    def tokens(part: Part) -> int:
+        """Return how many tokens of a part are read (registers among them) or asked."""
+        return len(part.packed.enc_ids) + len(part.packed.dec_ids)
 
     def loss(self, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy per modality over its answers in the whole step, weighted mean over modalities present."""
@@ -93,22 +186,49 @@ class FourMTask:
         return loss, {f"ce_{n}": ce_M[m] for m, n in enumerate(self.layout.names) if bool(present[m])}
 
     def validate(self) -> dict[str, float]:
+        """Return losses on the validation samples, whose parts the ranks share out. All ranks take part, as often each."""
         if self.val is None:
             return {}
         if self._val is None:
-            n = min(self.config.train.val_samples, len(self.val))
-            index = np.arange(n)
-            self._val = self._parts(self.val, index, Key(0, "val-mask", index), -(-n // 100))
+            self._val = self._val_parts(self.val)
         device = next(self.model.parameters()).device
-        parts = [p.to(device) for p in self._val]
-        sums = sum(self.model.modality_sums(p.packed)[0] for p in parts)
-        answers = parts[0].answers_M
+        parts, spare = [p.to(device) for p in self._val[0]], self._val[1]
+        each = [self.model.modality_sums(p.packed)[0] for p in parts]
+        sums = dist.sum_of(sum(each[:-1] if spare else each, torch.zeros_like(each[0])).cpu())
+        answers = parts[0].answers_M.cpu()
         ce = (sums / answers.clamp_min(1)).tolist()
         figures = {f"ce_{n}": ce[m] for m, n in enumerate(self.layout.names) if answers[m] > 0}
         return {"loss": sum(figures.values()) / len(figures), **figures}
 
+    def _val_parts(self, data: TokenData) -> tuple[list[Part], bool]:
+        """Return this rank's validation parts, and whether the last one does not count: who has a part less than others does a
+        sample more, because ranks that share a model out fetch it together."""
+        index = np.arange(min(self.config.train.val_samples, len(data)))
+        parts = np.array_split(index, max(-(-len(index) // VAL_PART), min(self.ranks, len(index))))
+        own = parts[self.rank :: self.ranks]
+        spare = len(own) < -(-len(parts) // self.ranks)
+        return self._parts(data, index, Key(0, "val-mask", index), lambda tokens_B: own + [index[:1]] * spare), spare
+
+    def _own(self, step: int, planned: bool = False) -> np.ndarray:
+        """Return this rank's samples of a step; planned: without looking whether they can be read (which may take for ever)."""
+        counter = self._counters(step)
+        index = self.order.at(counter) if planned else self._readable(step)[0]
+        if self.ranks > 1:
+            shown, asked = self.mixture.draw(self.train.lengths(index), Key(self.config.seed, "mask", counter))
+            index = index[self._mine(shown.sum(1) + asked.sum(1), step)]
+        return index
+
     def keys(self, step: int) -> list[str]:
-        return [self.train.key(int(i)) for i in self.order.at(self._counters(step))]
+        """Return the keys of this rank's samples of a step."""
+        return [self.train.key(int(i)) for i in self._own(step)]
+
+    def places(self, step: int) -> list[str]:
+        """Return the keys of this rank's samples of a step, by the shards that they lie in."""
+        by_shard: dict[str, list[str]] = {}
+        for i in self._own(step, planned=True).tolist():
+            shard, place = self.train.split.locate(i)
+            by_shard.setdefault(str(shard.path), []).append(shard.keys[place])
+        return [f"{path}: {', '.join(keys)}" for path, keys in by_shard.items()]
 
     def state(self) -> dict[str, Any]:
         return {"specs": [s.model_dump(mode="json") for s in self.layout.specs]}

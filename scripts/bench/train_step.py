@@ -119,10 +119,9 @@ class Bench:
         ours = FourM(c.model, self.layout)  # the rest share the model: they differ in what is set before a step
         task = FourMTask(c, self.data, None, ours)
         plain, fused = plain_adamw(ours, c.train), build_optimizers(ours, c.train)
-        chosen = c.model.with_backend().attention
         for name, backend, optimizers, dtype in (
-            ("own heads", "sdpa", plain, None), ("attention", chosen, plain, None), (OURS, chosen, fused, None),
-            ("ours bf16", chosen, fused, torch.bfloat16),
+            ("own heads", "sdpa", plain, None), ("attention", "auto", plain, None), (OURS, "auto", fused, None),
+            ("ours bf16", "auto", fused, torch.bfloat16),
         ):
             if name in names:
                 clip = nn.utils.clip_grad_norm_ if optimizers is plain else clip_gradients

@@ -19,6 +19,17 @@ class Attribute(Config):
     surfaces: dict[str, list[str]]  # value -> wordings; wording k of one value corresponds to wording k of another
 
 
+class Transcript(Config):
+    """How a text modality holds, word for word, what the sound says: all between two marks ("": from its begin, to its end).
+
+    attribute: the attribute whose wordings, object by object, are the words said ("": any words may be).
+    """
+
+    before: str = ""
+    after: str = ""
+    attribute: str = ""
+
+
 class DatasetInfo(Config):
     """What `dataset.json` says of a data set; probes and defaults are driven by it, never by its name.
 
@@ -42,6 +53,7 @@ class DatasetInfo(Config):
         through_labels: modalities that say nothing of the others beyond the attributes they determine.
         wording: per modality that words attributes, the nats by which it varies when all that it says is given, by the number of
             objects (from one on): what is left of its entropy to whoever knows every attribute.
+        transcripts: text modalities that hold what is said in the sound (a caption that describes it is none).
         pairing: "instance" (modalities of a sample show the same thing) or "class" (paired by label only).
         notes: licence and anything a reader must know.
     """
@@ -64,6 +76,7 @@ class DatasetInfo(Config):
     told_ceilings: dict[str, dict[str, float]] = {}
     through_labels: list[str] = []
     wording: dict[str, list[float]] = {}
+    transcripts: dict[str, Transcript] = {}
     pairing: Literal["instance", "class"] = "instance"
     notes: str = ""
 

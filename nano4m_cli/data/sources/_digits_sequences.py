@@ -24,6 +24,7 @@ import soundfile
 
 from nano4m_cli import rng
 from nano4m_cli.data.sources import _digits_files as files
+from nano4m_cli.data.sources._base import Transcript
 from nano4m_cli.data.sources._digits_pairs import ACCENTS, SEED, SPEAKERS, WORDS, Pair
 from nano4m_cli.errors import DataError, MediaError
 from nano4m_cli.modalities.audio import MODALITY as AUDIO
@@ -90,6 +91,11 @@ def draw(folder: Path, pairs: Sequence[Pair], labels: dict[str, np.ndarray], spl
 
 def caption_of(digits: Sequence[int], accent: str) -> str:
     return f"the digits {' '.join(WORDS[d] for d in digits)}, spoken by a man with {ACCENTS[accent]} accent"
+
+
+def transcript_of(length: int) -> Transcript:
+    """Return where the captions, of one digit or several, hold the words said."""
+    return Transcript(before="the digits " if length > 1 else "the digit ", after=", spoken by", attribute="digit")
 
 
 def fields_of(digits: Sequence[int], accent: str) -> list[dict]:

@@ -194,6 +194,7 @@ class Source(_base.Source):
             # What a listener or reader can tell; pictures and voices are real, so a few are hard.
             determined={"rgb": ["digit"], "audio": ["digit", "accent"], "caption": ["digit", "accent"]},
             ceilings={"rgb": {"accent": round(max(accents.values()) / accents.total(), 6)}} if accents else {},
+            transcripts={"caption": sequences.transcript_of(n)},
             pairing="class",
             notes=NOTES + (SEQUENCE_NOTES if n > 1 else "") + speaker_notes,
         )

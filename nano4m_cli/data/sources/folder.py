@@ -21,8 +21,9 @@ from nano4m_cli.config import Config
 from nano4m_cli.data._atomic import write_json
 from nano4m_cli.data._settings import PLACE, made
 from nano4m_cli.data.filters._base import dropped_by
+from nano4m_cli.data.media import SLACK
 from nano4m_cli.data.sources import _base
-from nano4m_cli.data.sources._base import Attribute, DatasetInfo, Failure, Sample, ShardPlan
+from nano4m_cli.data.sources._base import Attribute, DatasetInfo, Failure, Sample, ShardPlan, Transcript
 from nano4m_cli.data.sources._folder_clips import inspect, labels_for, read_clips
 from nano4m_cli.data.sources._folder_items import ROLE, Item, by_csv, by_stem, captioned, key_of
 from nano4m_cli.data.sources._folder_near import without_repeats
@@ -56,6 +57,8 @@ class Source(_base.Source):
             video, fps: whether modality video is kept, `fps` frames a second of each clip; its last frame stands where it is
                 shorter than `seconds`.
             frames, pick: key frames of each clip, "even" in time or after a "scene" change; each is a sample of its own.
+            transcripts: captions are what is said in the sound, word for word, and not what describes it: evaluations of speech
+                need that. What lasts longer than `seconds` is then left out, since its caption is that of the whole.
             caption: caption of items without one, made from labels: "a sound of {class}".
             label: the label that evaluations ask for, as an attribute.
             val, test: shares of these splits where no split is given; items of one group, or of the same bytes, stay together.
@@ -81,6 +84,7 @@ class Source(_base.Source):
         fps: float = Field(8.0, gt=0, le=120)
         frames: int = Field(1, ge=1, le=64)
         pick: Literal["even", "scene"] = "even"
+        transcripts: bool = False
         caption: str | None = None
         text: str | None = None
         label: str | None = None
@@ -138,6 +142,12 @@ class Source(_base.Source):
                 raise ValueError(f"settings of '{other[0]}', which is not among the filters and pseudo-labels asked for")
             full = {n: made(family, n, value).options.model_dump(mode="json") for n, family in asked.items()}
             return {n: s for n, s in full.items() if s}
+
+        @model_validator(mode="after")
+        def _spoken(self) -> Self:
+            if self.transcripts and any(LABELS.get(name).makes == "caption" for name in self.derive):
+                raise ValueError("captions are to be transcripts and are made from pictures: leave out one of the two")
+            return self
 
         @model_validator(mode="after")
         def _of_filters(self) -> Self:
@@ -259,6 +269,8 @@ class Source(_base.Source):
                 reason = f"group '{group}' stands in split {groups[group].split} as well (a {item.split} item)"
             elif o.label and o.label not in item.labels:
                 reason = f"has no label '{o.label}'"
+            elif o.transcripts and (lasts := (item.end or look["sound"]) - item.start) > o.seconds + SLACK:
+                reason = f"lasts {lasts:.2f} s, and its transcript is of more than seconds={o.seconds:g}"
             else:
                 kept[same], groups[group] = (item, look), item
                 continue
@@ -310,7 +322,7 @@ class Source(_base.Source):
         if "video" in chosen:
             sizes["video"] = {**picture, "frames": o.moving, "fps": o.fps}
         unsaid = {"path", "name", "broken", "settings"} | (set() if o.distinct else {"distinct"})
-        unsaid |= set() if o.video else {"video", "fps"}
+        unsaid |= (set() if o.video else {"video", "fps"}) | (set() if o.transcripts else {"transcripts"})
         silent = sum("video" in i.files and not look["sound"] for i, look in usable)
         videos = sum("video" in i.files for i, _ in usable)
         notes = [f"{len(usable)} items of {Path(o.path).name}"]
@@ -336,6 +348,7 @@ class Source(_base.Source):
             version=self.version, modalities=chosen,
             splits={s: sum(self._count(look) for _, look in items) for s, items in self._splits.items()},
             sizes=sizes, attributes=attributes, determined={m: list(attributes) for m in chosen},
+            transcripts={"caption": Transcript()} if o.transcripts and {"audio", "caption"} <= set(chosen) else {},
             notes=". ".join(notes) + ".",
         )
 

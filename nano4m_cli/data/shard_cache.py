@@ -1,0 +1,162 @@
+"""Files at an address, fetched whole with retries, and a bounded cache of shards that the processes of a node share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from filelock import FileLock, Timeout
+
+from nano4m_cli.data.download import digest, download
+from nano4m_cli.errors import ConfigError, DataError, FetchError, Nano4MError
+
+HTTP, OTHERS = ("http", "https"), ("s3", "gs", "gcs", "hf", "az", "abfs", "file", "memory")
+NEEDS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """What the manifest says of a file: its address, size and sha256 (-1 and "": not known)."""
+
+    url: str
+    bytes: int
+    sha256: str
+
+
+def check_scheme(url: str) -> None:
+    scheme = urlsplit(url).scheme
+    if scheme not in (*HTTP, *OTHERS):
+        raise ConfigError(f"data.url: '{url}' has no scheme that can be read", "one of " + ", ".join((*HTTP, *OTHERS)))
+
+
+def fetch_file(file: RemoteFile, dest: Path, wait: float = 300.0, backoff: float = 1.0, retries: int = 4) -> Path:
+    """Fetch a file whole to `dest`, going on after breaks; size and sha256 are checked where they are known.
+
+    Raises:
+        FetchError: it did not come within about `wait` seconds or after `retries` attempts without a new byte, or is another.
+    """
+    began = time.monotonic()
+
+    def late(done: int, total: int) -> None:
+        if time.monotonic() - began > wait:
+            why = f"{done:,} bytes came in {wait:g} s"
+            raise FetchError(f"cannot fetch {file.url}: {why}", "if the connection is so slow, raise data.wait")
+        if 0 <= file.bytes < done:
+            raise FetchError(f"{file.url} is larger than the {file.bytes:,} bytes that its manifest says", "publish it again")
+
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    if urlsplit(file.url).scheme in HTTP:
+        # A quarter of the time for a silence: the others are for further attempts.
+        download(file.url, dest, file.sha256 or None, late, retries, min(30.0, wait / 4), backoff,
+                 hint="is the address right, and does the server answer?")
+    else:
+        _fetch_other(file, dest, late, retries, backoff)
+    if 0 <= file.bytes != dest.stat().st_size:
+        size = dest.stat().st_size
+        dest.unlink()
+        raise FetchError(f"{file.url} has {size:,} bytes, its manifest says {file.bytes:,}", "publish it again")
+    return dest
+
+
+def _fetch_other(file: RemoteFile, dest: Path, late: Callable[[int, int], None], retries: int, backoff: float) -> None:
+    """Fetch through fsspec, which comes with torch; the file systems behind it (s3fs, gcsfs) are the user's to install."""
+    import fsspec
+
+    scheme = urlsplit(file.url).scheme
+    try:
+        system, path = fsspec.core.url_to_fs(file.url)
+    except (ImportError, ValueError) as err:
+        raise FetchError(f"cannot read {scheme}:// addresses here: {err}", f"pip install {NEEDS.get(scheme, 'fsspec')}") from err
+    part, failures = dest.with_name(dest.name + ".part"), 0
+    while True:
+        have = part.stat().st_size if part.is_file() else 0
+        try:
+            with system.open(path, "rb") as source, open(part, "ab") as out:
+                source.seek(have)
+                while block := source.read(BLOCK):
+                    out.write(block)
+                    have += len(block)
+                    late(have, 0)
+                out.flush()
+                os.fsync(out.fileno())
+            break
+        except FileNotFoundError as err:
+            raise FetchError(f"cannot fetch {file.url}: there is no such file", "is the address right?") from err
+        except Nano4MError:
+            part.unlink(missing_ok=True)
+            raise
+        except Exception as err:  # each file system raises its own kinds
+            if isinstance(err, OSError) and not (part.parent.is_dir() and os.access(part.parent, os.W_OK)):
+                raise
+            failures = 1 if (part.stat().st_size if part.is_file() else 0) > have else failures + 1
+            if failures > retries:
+                why = f"{type(err).__name__}: {err} ({failures} attempts)"
+                raise FetchError(f"cannot fetch {file.url}: {why}", "try again later") from err
+            time.sleep(backoff * 2 ** (failures - 1))
+    if file.sha256 and (found := digest(part)) != file.sha256:
+        part.unlink()
+        raise FetchError(f"{file.url} is not the expected file: sha256 {found}, expected {file.sha256}", "publish it again")
+    os.replace(part, dest)
+
+
+class ShardCache:
+    """Whole shards by their sha256 in one folder, at most so many bytes, shared by all processes that see it.
+
+    One process fetches a shard and the others wait for it. What was not used for longest goes first; a process that has it
+    mapped keeps it until it lets go.
+
+    Args:
+        wait: seconds for one shard, for the others' transfer as for one's own.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, wait: float = 300.0, backoff: float = 1.0):
+        self.folder, self.max_bytes, self.wait, self.backoff = folder, max_bytes, wait, backoff
+
+    def get(self, file: RemoteFile) -> Path:
+        """Return the path of a shard, fetched if it is not there."""
+        path = self.folder / f"{file.sha256}.tar"
+        if self._use(path, file):
+            return path
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder / f".{file.sha256}.lock", timeout=2 * self.wait):
+                if not self._use(path, file):
+                    self._make_room(file)
+                    fetch_file(file, path, self.wait, self.backoff)
+        except Timeout as err:
+            why = f"another process has been at it for {2 * self.wait:g} s"
+            raise FetchError(f"cannot fetch {file.url}: {why}", "look at that process, or raise data.wait") from err
+        return path
+
+    def _use(self, path: Path, file: RemoteFile) -> bool:
+        """Return whether a shard is there, and note that it was used."""
+        try:
+            if path.stat().st_size != file.bytes:
+                path.unlink()
+                return False
+            os.utime(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _make_room(self, file: RemoteFile) -> None:
+        if file.bytes > self.max_bytes:
+            raise DataError(f"{file.url} has {file.bytes:,} bytes, the cache holds {self.max_bytes:,}", "raise data.cache_gb")
+        with FileLock(self.folder / ".room.lock", timeout=self.wait):
+            there = []
+            for path in self.folder.glob("*.tar"):
+                with contextlib.suppress(FileNotFoundError):
+                    there.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+            total = sum(size for _, size, _ in there)
+            for _, size, path in sorted(there):
+                if total + file.bytes <= self.max_bytes:
+                    break
+                path.unlink(missing_ok=True)
+                (self.folder / f".{path.stem}.lock").unlink(missing_ok=True)
+                total -= size

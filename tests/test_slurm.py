@@ -1,0 +1,230 @@
+"""The templates on a real cluster of two nodes, whose names are 127.0.1.1 to themselves and which have two network cards."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from slurm_factory import SCRIPTS, cluster, wait_for  # noqa: F401
+from workspace_factory import by_hand, copied, linked, records, weights  # noqa: F401
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+CONFIG = """\
+data: {dataset: scenes}
+model: {size: d1-1w16, head_width: 16}
+masking:
+  components:
+    - {type: directed, weight: 0.5, max_target: 24}
+    - {type: dirichlet, weight: 0.5, input: [4, 32], target: [4, 24]}
+train: {batch: 8, steps: 40, warmup: 2, log_every: 1, val_every: 1000, checkpoint_every: 1000, precision: fp32, keep: 2}
+"""
+SCENES = "scenes train=48 val=8 test=8 test_novel=8 judge=0 size=16 shard_size=16"
+TOKENS = "--modality rgb --modality caption rgb.name=identity rgb.levels=8"
+TWO = ("--nodes=2",)
+
+
+@pytest.fixture
+def here(by_hand, tmp_path):  # noqa: F811
+    """A workspace to submit from."""
+    linked(by_hand, tmp_path)
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def log(here, job, template="train"):
+    path = here / f"nano4m-{template}-{job}.out"
+    return path.read_text() if path.is_file() else ""
+
+
+def local(here, *args, ranks=1):
+    """Run nano4m without SLURM, in one process or under torchrun."""
+    command = [sys.executable, "-m", "nano4m_cli"]
+    if ranks > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "nano4m_cli"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS.parent.parent), "GLOO_SOCKET_IFNAME": "lo"}
+    env.pop("NANO4M_ROOT", None)
+    done = subprocess.run([*command, *map(str, args)], cwd=here, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_two_nodes_train_as_one_process(cluster, here):  # noqa: F811
+    job = cluster.sbatch(here, "train", "tiny.yaml", "name=two", options=TWO)
+    local(here, "train", "tiny.yaml", "name=one")
+    assert cluster.wait(job) == ["COMPLETED"], log(here, job)
+    said = log(here, job)
+    assert "on 2 node(s) worker1 worker2 with 1 process(es) each, at 10.93.0.11:" in said
+    assert "worker2 is node 1 of 2, at 10.93.0.12 by eth0" in said
+    one, two = records(here / "runs" / "one", "train"), records(here / "runs" / "two", "train")
+    assert [r["step"] for r in two] == list(range(1, 41))
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=2e-4), (a, b)
+
+
+def first_child(pid):
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
+
+
+def ranks_of(cluster, job, ranks=2):  # noqa: F811
+    """Return the numbers of the training processes of a job, by rank, once each has shown that it trains."""
+    found = [cluster.processes(SLURM_JOB_ID=job, RANK=r) for r in range(ranks)]
+    return [min(f) for f in found] if all(found) else None
+
+
+def progress(here, job, run, start):
+    """Return the newest logged step once a job's given start has trained further."""
+    _, found, said = log(here, job).partition(f"start {start}: run '{run}'")
+    steps = re.findall(r"^step (\d+)/", said, re.M) if found else []
+    return int(steps[-1]) if steps else None
+
+
+def test_one_run_survives_limit_preemption_and_kills(cluster, here):  # noqa: F811
+    """Time limit, preemption, a rank killed, a slurmd killed: the weights are those of a run that nothing happened to."""
+    asked = ["tiny.yaml", "train.steps=300", "train.checkpoint_every=40"]
+    job = cluster.sbatch(here, "train", *asked, "name=hurt", options=(*TWO, "--time=1", "--signal=B:USR1@40"))
+
+    def trains(start):
+        wait_for(f"start {start}\n{log(here, job)[-3000:]}", lambda: progress(here, job, "hurt", start))
+        pids = ranks_of(cluster, job)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)  # so that it does not end before something happened to it
+        return pids
+
+    def go_on(pids):
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+    # The limit's own signal, which may come before training begins.
+    def limit():
+        if not pids and progress(here, job, "hurt", 0):
+            pids.extend(ranks_of(cluster, job) or [])
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+        return "signal USR1" in log(here, job)
+
+    pids = []
+    wait_for("the time limit's signal", limit)
+    go_on(pids)
+    cluster.call("scontrol", "update", f"jobid={job}", "timelimit=30")
+    pids = trains(1)
+    assert "back into the queue (start 1 to come)" in log(here, job)
+    urgent = cluster.call("sbatch", "--parsable", "-purgent", "-N2", "--exclusive", "--output=/dev/null", "--wrap=:", here=here)
+    wait_for("the signal of preemption", lambda: log(here, job).count("signal USR1") == 2)
+    go_on(pids)
+    pids = trains(2)
+    assert cluster.wait(urgent) == ["COMPLETED"]
+    saved = {p.name for p in (here / "runs" / "hurt" / "checkpoints").iterdir()}
+    daemon = (cluster.folder / "pid" / "slurmd-worker2.own").read_text()  # its number among the node's processes
+    inside = (cluster.folder / "pid" / "worker2").read_text().split()[0]
+    cluster.call("nsenter", "--target", first_child(inside), "--pid", "--mount", "kill", "-KILL", daemon)  # nothing comes of it
+    go_on(pids)
+    wait_for("another checkpoint", lambda: {p.name for p in (here / "runs" / "hurt" / "checkpoints").glob("step-*")} - saved)
+    if (pids := ranks_of(cluster, job)) is not None:
+        os.kill(pids[1], signal.SIGKILL)
+    assert cluster.wait(job) == ["COMPLETED"], log(here, job)[-4000:]
+    said = log(here, job)
+    assert int(cluster.job(job)["Restarts"]) == 3, said
+    assert "failed (exit code" in said and said.rstrip().endswith("done: run 'hurt', step-00000300")
+    local(here, "train", *asked, "name=whole", ranks=2)
+    assert weights(here / "runs" / "hurt") == weights(here / "runs" / "whole")
+    hurt, whole = (records(here / "runs" / name, "train") for name in ("hurt", "whole"))
+    assert hurt == whole
+
+
+def test_a_bad_config_fails_once_and_says_why(cluster, here):  # noqa: F811
+    job = cluster.sbatch(here, "train", "tiny.yaml", "train.stepz=3", options=TWO)
+    assert cluster.wait(job) == ["FAILED"]
+    said = log(here, job)
+    assert said.count("stepz") >= 1 and said.count("hint: did you mean") == 1 and "error: this cannot be trained" in said
+    assert cluster.job(job)["Restarts"] == "0"
+
+
+def test_a_job_that_is_cancelled_does_not_come_back(cluster, here):  # noqa: F811
+    job = cluster.sbatch(here, "train", "tiny.yaml", "name=gone", "train.steps=100000")
+    wait_for("training", lambda: progress(here, job, "gone", 0))
+    cluster.call("scancel", job)
+    assert cluster.wait(job) == ["CANCELLED"]
+    assert list((here / "runs" / "gone" / "checkpoints").glob("step-*")), "TERM saves as well"
+    assert cluster.job(job)["Restarts"] == "0"
+
+
+def tars(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.tar"))}
+
+
+def test_pipeline_array_and_what_a_killed_task_leaves(cluster, tmp_path):  # noqa: F811
+    """From a source to a report; then tokens again, by an array of which one task is killed and submitted again."""
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    asked = [{"from": {"caption": f"a large {colour} metal sphere"}, "to": "rgb"} for colour in ("red", "blue", "green")]
+    (tmp_path / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    said = cluster.call(
+        SCRIPTS / "pipeline.sh", "--fetch", SCENES, "--tokenize", TOKENS, "--shares", 2, "--generate", "requests.jsonl made",
+        "--eval", "--probe loss", "tiny.yaml", "data.modalities=[rgb,caption]", "train.steps=4", here=tmp_path,
+    )
+    jobs = dict(line.split() for line in said.splitlines())
+    assert list(jobs) == ["fetch", "tokenize", "train", "generate", "eval"]
+    for stage, job in jobs.items():
+        logs = "\n".join(p.read_text() for p in (tmp_path / "logs").glob(f"nano4m-{stage}-*"))
+        assert set(cluster.wait(job)) == {"COMPLETED"}, logs
+    assert len(list((tmp_path / "made").rglob("rgb.png"))) == 3
+    assert sorted(p.name for p in (tmp_path / "made").iterdir() if p.is_dir()) == ["000001", "000002", "000003"]
+    assert (tmp_path / "runs" / "tiny" / "eval" / "loss.json").is_file()
+    assert (tmp_path / "runs" / "tiny" / "report" / "index.html").is_file()
+
+    tokens = tmp_path / "data" / "scenes" / "tokens"
+    by_array = tars(tokens)
+    shutil.rmtree(tokens)
+    local(tmp_path, "tokenize", *TOKENS.split())
+    assert tars(tokens) == by_array and len(by_array) == 12
+    shutil.rmtree(tokens)
+    job = cluster.sbatch(tmp_path, "tokenize", *TOKENS.split(), options=("--array=0-1",), NANO4M_RETRIES="0")
+    pids = wait_for("a task", lambda: cluster.processes(SLURM_ARRAY_JOB_ID=job, SLURM_ARRAY_TASK_ID=1))
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert sorted(cluster.wait(job)) == ["COMPLETED", "FAILED"]
+    assert 0 < len(tars(tokens)) < 12
+    again = cluster.sbatch(tmp_path, "tokenize", *TOKENS.split(), options=("--array=1",), NANO4M_SHARES="2")
+    assert cluster.wait(again) == ["COMPLETED"]
+    assert tars(tokens) == by_array
+
+
+def test_a_stage_that_fails_cancels_the_rest(cluster, tmp_path):  # noqa: F811
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    said = cluster.call(SCRIPTS / "pipeline.sh", "--fetch", "nowhere", "--shares", 1, "tiny.yaml", here=tmp_path)
+    jobs = dict(line.split() for line in said.splitlines())
+    assert [cluster.wait(j)[0] for j in jobs.values()] == ["FAILED", "CANCELLED", "CANCELLED", "CANCELLED"]
+    assert "unknown source 'nowhere'" in next((tmp_path / "logs").glob("nano4m-fetch-*")).read_text()
+
+
+def test_a_killed_task_starts_again_by_itself(cluster, tmp_path):  # noqa: F811
+    job = cluster.sbatch(tmp_path, "fetch", *SCENES.split())
+    pids = wait_for("fetch", lambda: cluster.processes(SLURM_JOB_ID=job))
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert cluster.wait(job) == ["COMPLETED"], log(tmp_path, job, "fetch")
+    assert cluster.job(job)["Restarts"] == "1"
+    assert len(list((tmp_path / "data" / "scenes" / "raw").rglob("*.tar"))) == 6
+
+
+def test_pipeline_says_what_it_would_do(tmp_path):
+    """Without a cluster: the commands, in order, each waiting for the one before."""
+    (tmp_path / "tiny.yaml").write_text("{}\n")
+    command = [SCRIPTS / "pipeline.sh", "--dry-run", "--fetch", "scenes", "--train-options", "--nodes=2 --time=60"]
+    command += ["tiny.yaml", "seed=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(".sbatch")[0].rsplit("/", 1)[1] for line in lines] == ["fetch", "tokenize", "train", "eval"]
+    assert "--dependency=afterok:JOBID_OF_TOKENIZE --kill-on-invalid-dep=yes --nodes=2 --time=60" in lines[2]
+    assert lines[2].rstrip().endswith("train.sbatch tiny.yaml seed=1")
+    assert not (tmp_path / "logs").exists()
+    bad = {"--shares no": ["--shares", "no", "tiny.yaml"], "no config file 'missing'": ["missing"], "no config": []}
+    for said, args in bad.items():
+        done = subprocess.run([SCRIPTS / "pipeline.sh", "--dry-run", *args], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and said in done.stderr and "hint: " in done.stderr

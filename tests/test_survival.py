@@ -1,0 +1,42 @@
+"""Processes killed at any instant under torchrun (signals: test_train; jobs: test_slurm); arithmetic of the scaling bench."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "scripts" / "bench"
+
+
+@pytest.mark.slow
+def test_three_kills_of_two_processes_leave_no_trace():
+    """The bench itself refuses weights or records that differ; one of its kills is of all processes while two train together."""
+    command = [sys.executable, BENCH / "kills.py", "--quick", "--processes", "2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = {f["name"]: f for f in json.loads(done.stdout)["figures"]}
+    assert figures["kills"]["value"] == 3 and figures["identical"]["value"] == 1
+    assert done.stderr.count("kill ") == 3
+    assert 0 <= figures["steps_lost"]["high"] < 200
+
+
+def test_the_scaling_bench_counts_right():
+    """Shards: no overlap, no omission. Cost: the formula. Failures: Young's interval is near the best."""
+    sys.path.insert(0, str(BENCH))
+    try:
+        import scaling
+    finally:
+        sys.path.remove(str(BENCH))
+    found = scaling.assignment(20_011, 32)
+    assert found["in_two_workers"] == found["in_none"] == 0
+    assert found["most"] - found["fewest"] <= 1 and found["fetched_per_shard"] < 1.2
+    assert scaling.forward_flops(1, 2, 1, 1) == 24 * 4 + 4 * 2 + 2 * 4 + 28 * 4 + 4 * 4 + 4 * 2 + 4 * 2 + 2 * 2 * scaling.VOCABULARY
+    one, many = (scaling.cost(24, 1536, g) for g in (1, 256))
+    assert one["efficiency"] == 1 and 0.3 < many["efficiency"] <= 1
+    assert many["loader_MB_per_s"] == pytest.approx(256 * many["efficiency"] * one["loader_MB_per_s"])
+    save, mtbf = 10.0, 36_000.0
+    at = {f: scaling.lost_share(f * scaling.young(save, mtbf), save, 0.0, mtbf, 4000) for f in (0.1, 1.0, 10.0)}
+    assert at[1.0] < at[0.1] and at[1.0] < at[10.0]
+    assert at[1.0] == pytest.approx((2 * save / mtbf) ** 0.5, rel=0.2), "to first order"
