@@ -1,9 +1,13 @@
-"""One rank of a group that trains a list of runs, one after the other: what tests/test_dist.py starts in several processes.
+"""Groups of processes, one group after the other: what tests/test_dist.py starts.
 
-    RANK=0 WORLD_SIZE=2 ... python tests/dist_worker.py ROOT JOBS.json
+    python tests/dist_worker.py ROOT GROUPS.json
 
-A job: {"name", "changes", "resume", "stop": {"rank", "step"}, "poison": {"rank", "step"}}. What a job raises goes to
-ROOT/said/<name>.<n>.rank-<rank>.json, with a hash of the rank's weights after it and the number of buckets it sent.
+A group: {"ranks", "port", "jobs": [...]} trains a list of runs, each {"name", "changes", "resume", "stop": {"rank", "step"},
+"poison": {"rank", "step"}}. What a job raises goes to ROOT/said/<name>.<n>.rank-<rank>.json, with a hash of the rank's weights
+after it and the number of buckets it sent. Or {"ranks", "port", "name", "command": [...]}: a command line on every rank, its
+stderr in ROOT/said/<name>.rank-<rank>.txt. Exit codes go to ROOT/said/codes.json, by group.
+
+Ranks are forked from a process that has torch already: importing it takes longer than all that they do.
 """
 
 import hashlib
@@ -11,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -18,17 +23,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from workspace_factory import config
 
+from nano4m_cli import __main__ as cli
 from nano4m_cli import dist
 from nano4m_cli.data.workspace import Workspace
 from nano4m_cli.errors import Nano4MError
 from nano4m_cli.train import loop, parallel, run, sharding
 
 torch.set_num_threads(1)
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def work(root: Path, number: int, job: dict) -> None:
     said, out = root / "said", {}
-    said.mkdir(exist_ok=True)
     seen, sent = [], []
     one_step, summed = loop.Trainer._one_step, parallel._sum
 
@@ -63,12 +69,47 @@ def work(root: Path, number: int, job: dict) -> None:
     (said / f"{job['name']}.{number}.rank-{dist.rank()}.json").write_text(json.dumps(out))
 
 
-def main() -> None:
-    root, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+def member(root: Path, group: dict) -> int:
+    """Be one rank of a group; return its exit code."""
+    if "command" in group:
+        rank = os.environ["RANK"]
+        with open(root / "said" / f"{group['name']}.rank-{rank}.txt", "wb") as file:
+            os.dup2(file.fileno(), 2)
+        sys.argv = ["nano4m", *group["command"]]
+        try:
+            cli.main()
+        except SystemExit as err:
+            return int(err.code or 0)
+        return 0
     with dist.joined("cpu", 2.0):
-        for number, job in enumerate(jobs):
+        for number, job in enumerate(group["jobs"]):
             work(root, number, job)
             dist.barrier()
+    return 0
+
+
+def main() -> None:
+    root, groups = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    (root / "said").mkdir(exist_ok=True)
+    codes = []
+    for group in groups:
+        children = []
+        for rank in range(group["ranks"]):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    place = (rank, group["ranks"], rank, "127.0.0.1", group["port"])
+                    os.environ.update(zip(PLACE, map(str, place), strict=True))
+                    code = member(root, group)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stderr.flush()
+                    os._exit(code)
+            children.append(child)
+        codes.append([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+    (root / "said" / "codes.json").write_text(json.dumps(codes))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from nano4m_cli.errors import ConfigError, DataError, FetchError, Nano4MError
 HTTP, OTHERS = ("http", "https"), ("s3", "gs", "gcs", "hf", "az", "abfs", "file", "memory")
 NEEDS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
 BLOCK = 1 << 20
+BACKOFF = 1.0  # seconds before the second attempt; each further wait is twice as long
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def check_scheme(url: str) -> None:
         raise ConfigError(f"data.url: '{url}' has no scheme that can be read", "one of " + ", ".join((*HTTP, *OTHERS)))
 
 
-def fetch_file(file: RemoteFile, dest: Path, wait: float = 300.0, backoff: float = 1.0, retries: int = 4) -> Path:
+def fetch_file(file: RemoteFile, dest: Path, wait: float = 300.0, retries: int = 4) -> Path:
     """Fetch a file whole to `dest`, going on after breaks; size and sha256 are checked where they are known.
 
     Raises:
@@ -53,10 +54,10 @@ def fetch_file(file: RemoteFile, dest: Path, wait: float = 300.0, backoff: float
     dest.parent.mkdir(parents=True, exist_ok=True)
     if urlsplit(file.url).scheme in HTTP:
         # A quarter of the time for a silence: the others are for further attempts.
-        download(file.url, dest, file.sha256 or None, late, retries, min(30.0, wait / 4), backoff,
+        download(file.url, dest, file.sha256 or None, late, retries, min(30.0, wait / 4), BACKOFF,
                  hint="is the address right, and does the server answer?")
     else:
-        _fetch_other(file, dest, late, retries, backoff)
+        _fetch_other(file, dest, late, retries)
     if 0 <= file.bytes != dest.stat().st_size:
         size = dest.stat().st_size
         dest.unlink()
@@ -64,7 +65,7 @@ def fetch_file(file: RemoteFile, dest: Path, wait: float = 300.0, backoff: float
     return dest
 
 
-def _fetch_other(file: RemoteFile, dest: Path, late: Callable[[int, int], None], retries: int, backoff: float) -> None:
+def _fetch_other(file: RemoteFile, dest: Path, late: Callable[[int, int], None], retries: int) -> None:
     """Fetch through fsspec, which comes with torch; the file systems behind it (s3fs, gcsfs) are the user's to install."""
     import fsspec
 
@@ -98,7 +99,7 @@ def _fetch_other(file: RemoteFile, dest: Path, late: Callable[[int, int], None],
             if failures > retries:
                 why = f"{type(err).__name__}: {err} ({failures} attempts)"
                 raise FetchError(f"cannot fetch {file.url}: {why}", "try again later") from err
-            time.sleep(backoff * 2 ** (failures - 1))
+            time.sleep(BACKOFF * 2 ** (failures - 1))
     if file.sha256 and (found := digest(part)) != file.sha256:
         part.unlink()
         raise FetchError(f"{file.url} is not the expected file: sha256 {found}, expected {file.sha256}", "publish it again")
@@ -115,8 +116,8 @@ class ShardCache:
         wait: seconds for one shard, for the others' transfer as for one's own.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, wait: float = 300.0, backoff: float = 1.0):
-        self.folder, self.max_bytes, self.wait, self.backoff = folder, max_bytes, wait, backoff
+    def __init__(self, folder: Path, max_bytes: int, wait: float = 300.0):
+        self.folder, self.max_bytes, self.wait = folder, max_bytes, wait
 
     def get(self, file: RemoteFile) -> Path:
         """Return the path of a shard, fetched if it is not there."""
@@ -128,7 +129,7 @@ class ShardCache:
             with FileLock(self.folder / f".{file.sha256}.lock", timeout=2 * self.wait):
                 if not self._use(path, file):
                     self._make_room(file)
-                    fetch_file(file, path, self.wait, self.backoff)
+                    fetch_file(file, path, self.wait)
         except Timeout as err:
             why = f"another process has been at it for {2 * self.wait:g} s"
             raise FetchError(f"cannot fetch {file.url}: {why}", "look at that process, or raise data.wait") from err
