@@ -24,7 +24,7 @@ LEVEL = 0.05
 # Probes whose figures are per token, or shares of tokens: they compare only where ids mean the same.
 PER_TOKEN = ("loss", "fusion", "calibration", "forward_vs_ar", "memorization")
 TOKENS = ("token_acc",)  # figures of other probes that are
-DESCRIBING = ("fusion",)  # probes whose figures are neither good nor bad: a model may gain much because it knows little without
+DESCRIBING = ("fusion", "attention", "geometry")  # neither good nor bad: a model may gain much as it knows little without
 
 
 def compare(workspace: Workspace, names: Sequence[str], probes: Sequence[str] = ()) -> tuple[Comparison, Path]:
