@@ -24,9 +24,9 @@ def compare_runs(show: Show, root: Path | None, runs: list[str], probes: list[st
         better = [sum(f.verdict == name for f in pair.figures) for name in (pair.run, made.base)]
         if pair.run == made.base:
             better = [0, 0]
-        tests = sum(f.p is not None for f in pair.figures)
+        tests, neither = sum(f.p is not None for f in pair.figures), sum(f.differs and f.verdict is None for f in pair.figures)
         show.line("")
-        said = f"of {tests} figures {better[0]} better and {better[1]} worse (p < {LEVEL:g}, corrected)"
+        said = f"of {tests} figures {better[0]} better and {better[1]} worse, {neither} differ otherwise (p < {LEVEL:g}, corrected)"
         show.line(f"{pair.run} against {made.base}: {said}")
         head = [h.format(base=made.base, run=pair.run) for h in HEAD]
         show.table(head, [_row(f) for f in sorted(pair.figures, key=lambda f: (f.p_holm is None, f.p_holm or 0.0, f.p or 0.0))])

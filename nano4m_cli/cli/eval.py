@@ -72,7 +72,7 @@ def command(
         _site(show, root, run or [], site)
     elif compare is not None:
         unused = [n for n, v in (("--run", run), ("--split", split), ("--limit", limit)) if v is not None]
-        unused += [s for s in settings or [] if "=" in s]
+        unused += ["--report"] * report + [s for s in settings or [] if "=" in s]
         if unused:
             raise UsageError(f"{unused[0]} does not go with --compare, which reads the results that are there",
                              "evaluate the runs first, then: nano4m eval --compare RUN_A RUN_B")

@@ -24,6 +24,7 @@ LEVEL = 0.05
 # Probes whose figures are per token, or shares of tokens: they compare only where ids mean the same.
 PER_TOKEN = ("loss", "fusion", "calibration", "forward_vs_ar", "memorization")
 TOKENS = ("token_acc",)  # figures of other probes that are
+DESCRIBING = ("fusion", "attention", "geometry")  # neither good nor bad: a model may gain much as it knows little without
 
 
 def compare(workspace: Workspace, names: Sequence[str], probes: Sequence[str] = ()) -> tuple[Comparison, Path]:
@@ -155,22 +156,25 @@ def _corrected(pairs: list[Pair], base: str) -> list[Pair]:
     flat = [f for p in pairs for f in p.figures if f.p is not None]
     corrected = dict(zip(map(id, flat), holm(np.array([f.p for f in flat])).tolist(), strict=True))
 
-    def told(run: str, f: Figure) -> Figure:
+    def judged(run: str, f: Figure) -> Figure:
         if f.p is None:
             return f
         p = corrected[id(f)]
-        better = (run if (f.difference > 0) == f.higher_is_better else base) if p < LEVEL else None
-        return f.model_copy(update={"p_holm": p, "verdict": better})
+        better = run if (f.difference > 0) == f.higher_is_better else base
+        told = p < LEVEL and f.probe not in DESCRIBING
+        return f.model_copy(update={"p_holm": p, "differs": p < LEVEL, "verdict": better if told else None})
 
-    return [p.model_copy(update={"figures": [told(p.run, f) for f in p.figures]}) for p in pairs]
+    return [p.model_copy(update={"figures": [judged(p.run, f) for f in p.figures]}) for p in pairs]
 
 
 def _groups(runs: Sequence[About], found: Sequence[dict[str, Found]]) -> tuple[list[list[str]], list[Spread]]:
-    """Return the runs grouped by their settings but for the seed, and every figure's mean and spread over each group."""
+    """Return the runs grouped by their settings but for the seed, and, where some differ in it, every figure's mean and spread."""
     keys = [json.dumps(r.settings, sort_keys=True) for r in runs]
     kinds = list(dict.fromkeys(keys))
-    if len(kinds) == len(runs):
-        return [[r.run] for r in runs], []
+    together = [[r for r, k in zip(runs, keys, strict=True) if k == kind] for kind in kinds]
+    groups = [[r.run for r in group] for group in together]
+    if all(len({r.seed for r in group}) == 1 for group in together):
+        return groups, []
     spreads = []
     metrics = [{(p, m.name): m for p, f in mine.items() for m in f.metrics().values()} for mine in found]
     for key in dict.fromkeys(k for m in metrics for k in m):
@@ -181,4 +185,4 @@ def _groups(runs: Sequence[About], found: Sequence[dict[str, Found]]) -> tuple[l
             mean=[float(np.mean(v)) if v else None for v in values],
             std=[float(np.std(v, ddof=1)) if len(v) > 1 else None for v in values],
         ))
-    return [[r.run for r, k in zip(runs, keys, strict=True) if k == kind] for kind in kinds], spreads
+    return groups, spreads

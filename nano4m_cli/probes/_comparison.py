@@ -26,7 +26,8 @@ SAME = ("made", "keys")  # of what is written beside results, what must agree
 class Figure(Config):
     """One figure of two runs. difference: other - base. p_holm: corrected for all figures of the comparison.
 
-    verdict: which run is better at `LEVEL`, corrected; None: not told apart, or not tested (then ci95, effect and p are None).
+    differs: whether the runs are told apart, corrected. verdict: which of them is then better; None where neither is, as of
+        gains by sources, or where nothing was tested (then ci95, effect and p are None).
     trained: whether training of (base, other) posed the question.
     """
 
@@ -42,6 +43,7 @@ class Figure(Config):
     effect: float | None = None
     p: float | None = None
     p_holm: float | None = None
+    differs: bool = False
     verdict: str | None = None
     trained: tuple[bool | None, bool | None] = (None, None)
 
