@@ -57,7 +57,10 @@ class Frame:
         return [f'<line class="whisker {look}" x1="{x:.1f}" x2="{x:.1f}" y1="{self.y(ends[0]):.1f}" y2="{self.y(ends[1]):.1f}"/>']
 
     def mark(self, x: float, value: float, look: str, radius: float, told: str, shape: str = "circle") -> list[str]:
-        return [f'<path class="mark {look}" d="{mark_path(shape, x, self.y(value), radius)}"><title>{escape(told)}</title></path>']
+        y, title = self.y(value), f"<title>{escape(told)}</title>"
+        if shape == "circle":
+            return [f'<circle class="mark {look}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}">{title}</circle>']
+        return [f'<path class="mark {look}" d="{mark_path(shape, x, y, radius)}">{title}</path>']
 
     def begin(self, told: str) -> list[str]:
         bottom, right = self.height - BOTTOM, self.width - RIGHT
