@@ -396,6 +396,17 @@ def test_the_bench_runs(monkeypatch):
     figures = {f["name"]: f for f in generate.Bench(2, "d1-1w64").run(1)}
     assert {"exact_speedup", "incremental_speedup", "plain_sample", "exact_sample", "incremental_sample"} <= set(figures)
     assert all(0 < f["low"] <= f["value"] <= f["high"] for f in figures.values())
+    bench = generate.Bench(2, "d2-1w64")
+    plain, exact = bench.flops()
+    d, heads, vocab = 64, 1, 16384
+    shown = [64 + round(196 * i / 5) for i in range(5)]
+    asked = np.diff([round(196 * i / 5) for i in range(6)])
+    want = sum(2 * (24 * d * d * n + 4 * d * n * n) + 2 * d * d * n + 28 * d * d * m + 4 * d * m * m + 4 * d * d * n + 4 * d * m * n
+               + 2 * d * 50304 * m for n, m in zip(shown, asked, strict=True))
+    assert plain == pytest.approx(want)
+    want = sum(2 * (24 * d * d * n + 4 * d * n * n) + 2 * d * d * n + 32 * d * d * m + 4 * d * m * m + 4 * heads * d * m * n
+               + 2 * d * vocab * m for n, m in zip([n + 1 for n in shown], asked, strict=True))
+    assert exact == pytest.approx(want)
 
 
 def test_the_plain_way_of_the_bench_is_the_model_without_masks(monkeypatch, layout, sample):

@@ -438,3 +438,19 @@ def test_the_command_paints_the_rest_of_a_picture(media, photo, tmp_path):  # no
                  "--root", media.root, "--out", tmp_path / "three")
     assert result.exit_code == 2 and "left-half and right-half have no slot in common" in result.stderr
     assert not (tmp_path / "three").exists()
+
+
+# -- options that change nothing ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, to, idle", [
+    ({"noise": 1.0}, "rgb", ["noise"]), ({"noise": 1.0, "scheme": "maskgit"}, "rgb", []),
+    ({"draft": 2}, "rgb", ["draft"]), ({"draft": 2}, "rgb,caption", []), ({"draft": 2}, "audio", []),
+    ({"draft": 2, "scheme": "ar"}, "rgb", []), ({"draft": 2, "scheme": "maskgit"}, "audio", ["draft"]),
+    ({"guidance": 3, "repetition": 2}, "caption", ["guidance"]), ({"repetition": 2}, "rgb", ["repetition"]),
+    ({"refresh": 2, "scheme": "onepass"}, "rgb", ["refresh"]), ({"refresh": 2}, "caption,rgb", []),
+    ({"guidance": None, "draft": None, "refresh": 0, "repetition": 1}, "caption", []), ({}, "rgb", []),
+])
+def test_what_changes_nothing_is_said(studio, options, to, idle):
+    notices = studio.prepare(asked(given={"caption": "a red cube"}, to=to, **options)).notices
+    assert [n.partition(" ")[0] for n in notices if "changes nothing here" in n] == idle

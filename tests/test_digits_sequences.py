@@ -24,9 +24,9 @@ from nano4m_cli.data.sources import _digits_sequences as sequences
 from nano4m_cli.data.workspace import Workspace
 from nano4m_cli.errors import ConfigError, DataError, MediaError
 from nano4m_cli.modalities import audio
+from nano4m_cli.probes._classes import classes_of
 from nano4m_cli.probes._evaluate import evaluate
 from nano4m_cli.probes._speech import spoken
-from nano4m_cli.probes.retrieval import relevance
 from nano4m_cli.registry import MODALITIES
 from nano4m_cli.train.run import prepare, start
 from nano4m_cli.train.tokenizing import tokenize
@@ -225,8 +225,11 @@ def test_recordings_that_do_not_serve(tiny, tmp_path):  # noqa: F811
 
 def test_right_of_the_same_class_are_those_with_all_digits_alike():
     values = [["1", "2"], ["1", "3"], ["1", "2"], ["2", "1"]]
-    context = SimpleNamespace(info=SimpleNamespace(pairing="class"), attributes={"digit": []}, values=lambda _: values)
-    assert relevance(context, 4).astype(int).tolist() == [[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
+    info = SimpleNamespace(pairing="class", attributes={"digit": [], "accent": []})
+    context = SimpleNamespace(info=info, values=lambda _: values)
+    kind, what = classes_of(context, "audio", "rgb", 4)
+    assert what == "digit"
+    assert (kind[:, None] == kind).astype(int).tolist() == [[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
 
 
 def test_probes_ask_about_every_digit(tiny, tmp_path, one_thread):  # noqa: F811
@@ -245,7 +248,7 @@ def test_probes_ask_about_every_digit(tiny, tmp_path, one_thread):  # noqa: F811
     done = evaluate(workspace, None, ["class", "crossmodal", "retrieval"], seed=0)
     metrics = {m.name: m for result in done.results for m in result.metrics}
     for name in ("audio->caption/digit_acc", "rgb->caption/accent_acc", "caption->rgb/digit_acc", "rgb->audio/accent_acc",
-                 "rgb/judge_digit_acc", "audio/judge_digit_acc", "audio->rgb/r1"):
+                 "rgb/judge_digit_acc", "audio/judge_digit_acc", "audio->rgb/class_r1"):
         assert metrics[name].n == 12 and 0 <= metrics[name].value <= 1, name
     assert metrics["rgb->caption/digit_acc"].chance == 0.1 and metrics["rgb->caption/digit_acc"].ceiling == 1.0
     judge = json.loads((dataset.judge("rgb") / "judge.json").read_text())

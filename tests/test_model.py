@@ -159,7 +159,7 @@ def test_bf16_autocast_stays_near_fp32(layout, sample, backend):
 
 def test_auto_picks_by_device_precision_and_width():
     assert best_backend("cpu", torch.float32, 128) == "padded" and best_backend("cpu", torch.float32, 512) == "loop"
-    assert best_backend("cpu", torch.bfloat16, 512) == "padded"
+    assert best_backend("cpu", torch.bfloat16, 512) == "padded" and best_backend("cpu", torch.bfloat16, 512, grad=False) == "loop"
     assert best_backend("cuda", torch.bfloat16, 128) == "varlen" and best_backend("cuda", torch.float32, 128) == "sdpa"
     assert best_backend("cuda", torch.bfloat16, 128, blocks=True) == "sdpa"
 

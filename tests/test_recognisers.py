@@ -22,6 +22,7 @@ from nano4m_cli.errors import ConfigError, WeightsError
 from nano4m_cli.media_compat import ensure_torchaudio
 from nano4m_cli.modalities.audio import RATE, resample
 from nano4m_cli.probes import _speech_recogniser as recognisers
+from nano4m_cli.probes import tts
 from nano4m_cli.probes._context import Context
 from nano4m_cli.probes._evaluate import evaluate
 from nano4m_cli.probes._speech import guesses, spoken, texts, train_transcripts
@@ -308,3 +309,9 @@ def test_synthesis_on_a_run(spoken_digits, one_thread, tmp_path):  # noqa: F811
     assert done.exit_code == 0, done.stderr
     said = {m["name"]: m["value"] for m in json.loads(done.stdout)["results"][0]["metrics"]}
     assert said["audio/mos"] == 5 and said["caption->audio/mos"] == 2 and said["caption->audio/mos_minus_truth"] == -3
+
+
+def test_without_pystoi_synthesis_is_left_out_with_its_reason(spoken_digits, one_thread, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(tts, "find_spec", lambda name: None)
+    context = Context(open_run(spoken_digits), "test", 2, 0, lambda *_: None)
+    assert "pip install pystoi" in tts.Probe().missing(context)

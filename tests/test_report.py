@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import shutil
-import subprocess
 import wave
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,7 +21,7 @@ from nano4m_cli.report._read import Metric
 from nano4m_cli.report.build import build
 
 EVIL = "<script>alert('x')</script>"
-VOID = {"meta", "link", "img", "br", "hr", "input"}
+VOID = {"meta", "link", "img", "br", "hr", "input", "wbr"}
 MODALITIES = ["rgb", "depth", "normal", "caption", "audio"]
 VOCAB = {"rgb": 4375, "depth": 1000, "normal": 1000, "caption": 512, "audio": 1024}
 
@@ -213,7 +211,7 @@ def page(tmp_path_factory) -> Page:
 def test_holds_every_metric_curve_and_row(page):
     wanted = [m["name"] for r in results() for m in r["metrics"]]
     assert [a["data-metric"] for a in page.all("tr") if "data-metric" in a] == wanted
-    curves = [a["aria-label"] for a in page.all("svg")]
+    curves = [a["aria-label"] for a in page.all("svg") if "aria-label" in a]
     for m in MODALITIES:
         assert any(c.startswith(f"{m} over steps: train from") and "val from" in c for c in curves)
     assert sum(a.get("class") == "sample" for a in page.all("article")) == 4
@@ -230,7 +228,8 @@ def test_is_structured_and_reachable(page):
     for link in page.all("a"):
         assert link["href"].startswith("#") and link["href"][1:] in ids
     assert all(a.get("alt") for a in page.all("img"))
-    assert all(a.get("aria-label") for a in page.all("audio") + page.all("svg"))
+    assert all(a.get("aria-label") for a in page.all("audio"))
+    assert all(a.get("aria-label") or a.get("aria-hidden") == "true" for a in page.all("svg"))
     assert len(page.all("h1")) == 1 and page.all("html")[0]["lang"] == "en"
     assert all(a["tabindex"] == "0" and a["aria-label"] for a in page.all("div") if a.get("class") == "scroll")
 
@@ -242,7 +241,7 @@ def test_needs_nothing_but_itself(page, tmp_path):
     text = build(make_run(tmp_path)).read_text()
     style = text[text.index("<style>") : text.index("</style>")]
     assert "url(" not in style and "@import" not in style
-    assert "http" not in text.replace("http-equiv", "")
+    assert "http" not in text.replace("http-equiv", "") and ' style="' not in text
 
 
 def test_is_the_same_for_the_same_files(tmp_path):
@@ -252,12 +251,13 @@ def test_is_the_same_for_the_same_files(tmp_path):
     assert not list((run / "report").glob(".*"))
 
 
-def test_filter_has_a_button_per_title_and_is_hidden_without_script(page):
-    bar_ = next(a for a in page.all("div") if a.get("class") == "filters")
-    assert "hidden" in bar_
-    titles = [a["data-title"] for a in page.all("section") if a.get("class") == "group"]
-    assert [a["data-title"] for a in page.all("button")] == ["", *titles]
-    assert not any("hidden" in a for a in page.all("section"))
+def test_filters_have_a_button_per_choice_and_are_hidden_without_script(page):
+    assert "hidden" in next(a for a in page.all("div") if a.get("class") == "filters")
+    choices = {(a["data-filter"], a["data-value"]) for a in page.all("button")}
+    sources = {a["data-from"] for a in page.all("section") if a.get("class") == "group"}
+    targets = {"rgb", "audio", "depth", "caption"}
+    assert choices == {("from", s) for s in sources | {""}} | {("to", t) for t in targets | {""}}
+    assert not any("hidden" in a for tag in ("section", "article", "figure") for a in page.all(tag))
 
 
 def test_marks_directions_that_were_not_trained(page):
@@ -283,7 +283,7 @@ def test_text_of_the_user_is_inert(tmp_path):
     assert not any(a.get("src") == "x" for a in page.all("img"))
     assert page.text.count(EVIL) > 8
     policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv"))
-    assert "default-src 'none'" in policy and "script-src 'sha256-" in policy and "'unsafe-eval'" not in policy
+    assert "default-src 'none'" in policy and "script-src 'sha256-" in policy and "unsafe" not in policy
 
 
 def test_an_empty_run_says_what_is_missing(tmp_path):
@@ -338,15 +338,16 @@ def test_media_that_cannot_be_shown_are_named(tmp_path):
         assert text in page.text, text
 
 
-def test_rows_that_do_not_fit_are_dropped_from_the_end(tmp_path):
+def test_rows_that_do_not_fit_are_dropped_evenly(tmp_path):
     run = make_run(tmp_path, rows=6)
     whole = len(build(run).read_bytes())
     budget = whole - 15_000
     page = page_of(run, budget=budget)
     assert len((run / "report/index.html").read_bytes()) <= budget
     keys = [a["aria-label"] for a in page.all("article") if a.get("class") == "sample"]
-    assert 0 < len(keys) < 12
-    assert keys == [f"test-{i % 6:09d}" for i in range(len(keys))]
+    assert 2 <= len(keys) < 12
+    first = [f"test-{i:09d}" for i in range(-(-len(keys) // 2))]
+    assert keys == [*first, *first[: len(keys) // 2]], "every direction keeps its first rows"
     assert f"{12 - len(keys)} of 12 rows are left out" in page.text
     assert "12 of 12 rows are left out" in page_of(run, budget=1000).text
 
@@ -413,24 +414,3 @@ def test_ticks_and_range():
     assert y_range([]) == pytest.approx((0, 1.05))
     low, high = y_range([Line("train", "train", [(0, 3.0)])])
     assert low < 3 < high
-
-
-# -- in a browser --------------------------------------------------------------------------------------------------
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
-def test_a_browser_draws_it(tmp_path):
-    out = build(make_run(tmp_path))
-    shot = tmp_path / "shot.png"
-    flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-             "disable-component-update", "disable-sync", "hide-scrollbars", "window-size=1200,2400",
-             f"user-data-dir={tmp_path / 'profile'}", f"screenshot={shot}"]
-    subprocess.run([CHROMIUM, *(f"--{f}" for f in flags), out.as_uri()], check=True, capture_output=True, timeout=120)
-    with Image.open(io.BytesIO(shot.read_bytes())) as image:
-        pixels = np.asarray(image.convert("L"))
-    ink = (np.abs(pixels.astype(int) - int(pixels[0, 0])) > 60).mean(axis=1)
-    assert 0.005 < ink.mean() < 0.5
-    assert (ink[: len(ink) // 2] > 0).mean() > 0.2 and (ink[len(ink) // 2 :] > 0).mean() > 0.2

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from nano4m_cli.data.sources.scenes import Source, draw
+from nano4m_cli.probes._classes import confusion, hit_at, rounded
 from nano4m_cli.probes._result import Metric, mean_metric, ratio_interval
+from nano4m_cli.probes._significance import holm, permutation_p
 from nano4m_cli.probes.linear import ridge_classifier
-from nano4m_cli.probes.retrieval import best_rank, ceiling_at, chance_at
+from nano4m_cli.probes.retrieval import Hits, ceiling_at, missed
 
 # -- intervals ----------------------------------------------------------------------------------------------------
 
@@ -75,60 +77,106 @@ def test_a_metric_never_holds_what_json_cannot(bad):
 def test_chance_equals_enumeration(n, right, k):
     draws = list(itertools.combinations(range(n), min(k, n)))
     want = sum(any(i < right for i in d) for d in draws) / len(draws)
-    relevant = np.zeros((2, n), dtype=bool)
-    relevant[0, :right] = relevant[1, n - right :] = True
-    assert chance_at(relevant, k) == pytest.approx([want, want])
+    assert 1 - missed(np.array([n]), np.array([right]), np.array([k])) == pytest.approx([want])
 
 
-def test_chance_is_per_query():
-    relevant = np.array([[True, False, False, False], [True, True, False, False]])
-    assert chance_at(relevant, 1).tolist() == [0.25, 0.5]
+def test_chance_is_per_group():
+    hits = Hits(np.zeros((4, 4)), np.array([0, 1, 1, 2]))
+    assert hits.chance(1).tolist() == [0.25, 0.5, 0.25]
+    assert hits.chance(None) == pytest.approx([np.mean(1 / np.arange(1, 5)), (1 / 1 * 3 + 1 / 2 * 2 + 1 / 3) / 6, 25 / 48])
 
 
-def slow_rank(score, relevant) -> int:
-    """Go through the candidates, wrong ones first among equals, until a right one comes."""
-    order = sorted(range(len(score)), key=lambda i: (-score[i], relevant[i]))
-    return next(r for r, i in enumerate(order, 1) if relevant[i])
+def slow(score, relevant, k):
+    """Go through every order of equal scores: (share of orders with a right one among the first k, mean reciprocal rank)."""
+    ranks = []
+    for shuffled in itertools.permutations(range(len(score))):
+        order = sorted(shuffled, key=lambda i: -score[i])  # stable
+        ranks.append(next(r for r, i in enumerate(order, 1) if relevant[i]))
+    return np.mean([r <= k for r in ranks]), np.mean([1 / r for r in ranks])
 
 
-def test_best_rank_equals_a_slow_count_with_many_ties():
+def test_hits_equal_all_orders_of_equal_scores():
+    """Every query against every group, many ties."""
     rng = np.random.default_rng(0)
-    score = rng.integers(0, 4, (300, 9)).astype(float)
-    relevant = rng.random((300, 9)) < 0.3
-    relevant[np.arange(300), rng.integers(0, 9, 300)] = True
-    assert best_rank(score, relevant).tolist() == [
-        slow_rank(s, r) for s, r in zip(score.tolist(), relevant.tolist(), strict=True)
-    ]
+    for _ in range(4):
+        score, group = rng.integers(0, 3, (6, 6)).astype(float), np.array([0, 0, 1, 2, 2, 2])
+        hits = Hits(score, group)
+        for q, g in itertools.product(range(6), range(3)):
+            for k in (1, 2, 4):
+                want, reciprocal = slow(score[q].tolist(), (group == g).tolist(), k)
+                assert hits.at(k)[q, g] == pytest.approx(want)
+            assert hits.reciprocal()[q, g] == pytest.approx(reciprocal)
 
 
 @pytest.mark.parametrize(
-    "score, relevant, want",
+    "score, group, k, want",
     [
-        ([3, 2, 1], [1, 0, 0], 1),
-        ([3, 2, 1], [0, 0, 1], 3),
-        ([2, 2, 2], [1, 0, 0], 3),  # a model that says the same of all is last, not first
-        ([2, 2, 2], [1, 1, 0], 2),
-        ([5, 1, 4], [0, 1, 1], 2),
-        ([-np.inf, -np.inf, 0], [1, 0, 0], 3),
-        ([1, 2], [0, 0], 3),
+        ([3, 2, 1], [0, 1, 1], 1, 1.0),
+        ([3, 2, 1], [1, 1, 0], 1, 0.0),
+        ([2, 2, 2], [0, 1, 1], 1, 1 / 3),  # a model that says the same of all is right by chance, never more
+        ([2, 2, 2], [0, 0, 1], 1, 2 / 3),
+        ([np.nan, 1, 2], [0, 1, 1], 1, 0.0),  # NaN is not the best
+        ([np.nan, np.nan, np.nan], [0, 1, 1], 2, 2 / 3),
+        ([-np.inf, -np.inf, 0], [0, 1, 1], 2, 0.5),
     ],
 )
-def test_best_rank_literal(score, relevant, want):
-    assert best_rank(np.array([score], dtype=float), np.array([relevant], dtype=bool))[0] == want
-
-
-def test_best_rank_of_nan_is_not_the_best():
-    assert best_rank(np.array([[np.nan, 1.0, 2.0]]), np.array([[True, False, False]]))[0] == 3
-    assert best_rank(np.full((1, 3), np.nan), np.array([[True, False, False]]))[0] == 3
+def test_hits_literal(score, group, k, want):
+    assert Hits(rounded(np.array([score], dtype=float)), np.array(group)).at(k)[0, 0] == pytest.approx(want)
 
 
 def test_random_scores_reach_chance():
     rng = np.random.default_rng(0)
-    score, relevant = rng.random((4000, 20)), np.zeros((4000, 20), dtype=bool)
-    relevant[np.arange(4000), rng.integers(0, 20, 4000)] = True
     for k in (1, 5):
-        hit, chance = (best_rank(score, relevant) <= k).mean(), chance_at(relevant, k).mean()
-        assert abs(hit - chance) < 5 * np.sqrt(chance * (1 - chance) / 4000)
+        found = [Hits(rng.random((40, 40)), np.arange(40)).at(k)[np.arange(40), np.arange(40)].mean() for _ in range(100)]
+        assert abs(np.mean(found) - k / 40) < 5 * np.sqrt(k / 40 * (1 - k / 40) / 4000)
+
+
+# -- significance -------------------------------------------------------------------------------------------------
+
+
+def test_permutation_p_equals_all_permutations():
+    rng = np.random.default_rng(1)
+    for _ in range(4):
+        table = rng.random((6, 6)) < 0.4
+        sums = [sum(table[i, p[i]] for i in range(6)) for p in itertools.permutations(range(6))]
+        exact = np.mean(np.array(sums) >= np.trace(table))
+        assert permutation_p(table) == pytest.approx(exact, rel=0.5, abs=2e-3)
+
+
+def test_permutation_p_of_nothing_is_flat_and_of_a_perfect_ranking_tiny():
+    rng = np.random.default_rng(0)
+    p = [permutation_p(rng.random((40, 40)) < 0.1) for _ in range(60)]
+    assert 0.3 < np.mean(np.array(p) < 0.5) < 0.75 and np.mean(np.array(p) < 0.05) <= 0.15
+    assert 0 < permutation_p(np.eye(100)) < 1e-7 and permutation_p(np.full((30, 30), 0.2)) == 1
+
+
+def test_the_bound_holds_where_both_can_be_had():
+    """Chatterjee's bound never lies below the share of permutations that reach a sum."""
+    rng = np.random.default_rng(2)
+    table = (rng.random((30, 30)) < 0.05).astype(float)
+    sums = np.array([table[np.arange(30), rng.permutation(30)].sum() for _ in range(4000)])
+    mean = table.sum() / 30
+    for t in (1, 2, 3, 4):
+        assert (sums - mean >= t).mean() <= 2 * np.exp(-t**2 / (4 * mean + 2 * t))
+
+
+def test_holm():
+    assert holm(np.array([0.01, 0.04, 0.03])).tolist() == pytest.approx([0.03, 0.06, 0.06])
+    assert holm(np.array([0.5, 0.9])).tolist() == [1.0, 1.0] and holm(np.array([0.2])).tolist() == [0.2]
+    assert holm(np.array([])).tolist() == []
+
+
+# -- choices ------------------------------------------------------------------------------------------------------
+
+
+def test_choices_count_ties_at_expectation():
+    score = np.array([[1.0, 2.0, 2.0], [3.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    assert hit_at(score, np.array([1, 1, 0])).tolist() == pytest.approx([0.5, 0, 1 / 3])
+    assert hit_at(score, np.array([0, 1, 2]), 2).tolist() == pytest.approx([0, 0.5, 2 / 3])
+    by_rounding = hit_at(score + 1e-9 * np.arange(3), np.array([2, 1, 2]))
+    assert by_rounding.tolist() == pytest.approx([0.5, 0, 1 / 3])
+    table = confusion(score, np.array([1, 1, 0]))
+    assert table[0] == pytest.approx([1 / 3] * 3) and table[1] == pytest.approx([0.5, 0.25, 0.25]) and np.isnan(table[2]).all()
 
 
 # -- linear readout -----------------------------------------------------------------------------------------------
@@ -198,7 +246,7 @@ def test_the_ceiling_of_retrieval_is_what_a_perfect_reader_of_labels_reaches(sou
     kind = np.array([" / ".join(" ".join(o[a] for a in shared) for o in l["objects"]) for l in labels])
     rng = np.random.default_rng(0)
     for k in (1, 5):
-        draws = [(best_rank((kind[:, None] == kind) + rng.random((n, n)), np.eye(n, dtype=bool)) <= k).mean() for _ in range(400)]
+        draws = [Hits((kind[:, None] == kind) + rng.random((n, n)), np.arange(n)).at(k).trace() / n for _ in range(400)]
         ceiling = ceiling_at(context, source, target, n, k)
         assert ceiling == pytest.approx(np.mean(draws), abs=0.01)
         assert k > 1 or 1 / n < ceiling < 1

@@ -278,6 +278,28 @@ def test_ceilings_equal_enumeration_and_counting():
     assert 0.2 <= reached < 0.235  # the best in hindsight is a little above
 
 
+def test_the_entropy_of_wording_is_that_of_what_is_drawn():
+    """Counted over scenes: the choices of template and wording, given how many objects there are."""
+    o = Source.Options(max_objects=3)
+    known = Source(o, None).info().wording["caption"]
+    first = {1: 0, 2: 0, 3: 0}
+    of = Counter()
+    for index in range(2500):
+        scene = draw(o, "train", index)
+        count = len(scene.bodies)
+        of[count] += 1
+        words = tuple(f["wording"] for f in scene.fields if f["attribute"] in ("size", "material"))
+        parts = TEMPLATES[count]
+        values = [{a: getattr(b, a) for a in ATTRIBUTES} for b in scene.bodies]
+        orders = sorted((f["object"], f["attribute"] == "material", f["wording"]) for f in scene.fields
+                        if f["attribute"] in ("size", "material"))
+        chosen = [(orders[2 * i][2], orders[2 * i + 1][2]) for i in range(count)]
+        template = next(t for t in range(len(parts)) if compose(values, t, chosen)[0] == scene.caption)
+        p = [0.6 if k == 0 else 0.4 / (n - 1) for k, n in [(template, len(parts)), *((w, 2) for w in words)]]
+        first[count] -= float(np.log(p).sum())
+    assert [first[n] / of[n] for n in (1, 2, 3)] == pytest.approx(known, rel=0.04)
+
+
 # captions
 
 

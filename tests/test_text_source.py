@@ -277,8 +277,9 @@ def test_a_run_of_one_modality_asks_for_the_rest_of_a_text(play, masking, one_th
 def test_probes_say_what_one_modality_lacks(play, one_thread):  # noqa: F811
     start(prepare(config(play.root, name="lm", train__steps=2), play), False, "cpu", lambda record: None)
     done = evaluate(play, "lm", limit=8)
-    assert {r.probe for r in done.results} >= {"loss", "tokenizer"} and done.report.is_file()
-    assert {m.name for m in done.results[0].metrics} == {"text/ce"}
+    found = {r.probe: {m.name for m in r.metrics} for r in done.results}
+    assert set(found) >= {"loss", "tokenizer", "calibration", "memorization"} and done.report.is_file()
+    assert found["loss"] == {"text/ce", "text/bits", "text/positional_ce", "->text/ce"}
     assert done.skipped.items() >= {
         "class": "data set 'play' states no attributes",
         "crossmodal": "no modality that a judge could name",
@@ -290,7 +291,7 @@ def test_probes_say_what_one_modality_lacks(play, one_thread):  # noqa: F811
     }.items()
     with pytest.raises(DataError, match="probe 'retrieval' cannot run here: the run has one modality only"):
         evaluate(play, "lm", ["retrieval"])
-    assert evaluate(play, "lm", kind="probe", limit=8).skipped == {"linear": "data set 'play' states no attributes"}
+    assert evaluate(play, "lm", kind="probe", limit=8).skipped["linear"] == "data set 'play' states no attributes"
 
 
 def test_bpe_serves_a_text_data_set(tmp_path):

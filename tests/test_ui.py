@@ -1,16 +1,13 @@
 """The page of `generate --ui`: what its widgets ask for, and one use of it in a headless Chromium that reaches no other host."""
 
 import base64
-import json
 import os
-import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import CHROMIUM, Browser
 from PIL import Image
 from test_cli import fails, run
 from workspace_factory import media, one_thread, tiny  # noqa: F401
@@ -21,7 +18,6 @@ from nano4m_cli.generate.ui import Page, serve
 from nano4m_cli.train.run import open_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
@@ -80,63 +76,6 @@ def test_what_does_not_go_with_the_page(media):  # noqa: F811
 
 
 # -- in a browser -----------------------------------------------------------------------------------------------------
-
-
-class Browser:
-    """A headless Chromium by its debugging pipe (descriptors 3 and 4, JSON between zero bytes): no package is needed."""
-
-    def __init__(self, profile: Path):
-        down, self.send_fd = os.pipe()
-        self.read_fd, up = os.pipe()
-
-        def wire():  # in the child: its descriptors 3 and 4
-            a, b = os.dup(down), os.dup(up)
-            os.dup2(a, 3)
-            os.dup2(b, 4)
-
-        self.process = subprocess.Popen(
-            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe",
-             f"--user-data-dir={profile}", "--window-size=1400,1500", "--no-first-run", "--disable-background-networking",
-             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "about:blank"],
-            preexec_fn=wire, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )
-        os.close(down)
-        os.close(up)
-        self.number, self.buffer, self.session = 0, b"", None
-        target = next(t for t in self.ask("Target.getTargets")["targetInfos"] if t["type"] == "page")["targetId"]
-        self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-
-    def ask(self, method, **params):
-        self.number += 1
-        message = {"id": self.number, "method": method, "params": params}
-        message |= {"sessionId": self.session} if self.session else {}
-        os.write(self.send_fd, json.dumps(message).encode() + b"\0")
-        while True:
-            while b"\0" not in self.buffer:
-                part = os.read(self.read_fd, 1 << 20)
-                assert part, "the browser is gone"
-                self.buffer += part
-            one, _, self.buffer = self.buffer.partition(b"\0")
-            answer = json.loads(one)
-            if answer.get("id") == self.number:
-                assert "error" not in answer, answer
-                return answer["result"]
-
-    def value(self, script):
-        return self.ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)["result"].get("value")
-
-    def until(self, script, seconds=120):
-        end = time.monotonic() + seconds
-        while not (found := self.value(script)):
-            assert time.monotonic() < end, (script, self.value("document.body.innerText"))
-            time.sleep(0.2)
-        return found
-
-    def close(self):
-        self.process.terminate()
-        self.process.wait(20)
-        os.close(self.send_fd)
-        os.close(self.read_fd)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")

@@ -81,6 +81,9 @@ def command(
         int | None,
         typer.Option("--draft", min=1, metavar="K", help="Draft K ids of text and sound at a time, then check: fewer model calls."),
     ] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", metavar="P", help="fp32, or bf16: quicker where hardware multiplies it.")
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -116,8 +119,8 @@ def command(
     options = {
         "scheme": scheme, "steps": steps, "schedule": schedule, "temperature": temperature, "noise": noise,
         "text_temperature": text_temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition": repetition,
-        "guidance": guidance, "refresh": refresh, "draft": draft, "seed": seed, "n": n, "best_of": best_of, "rank": rank,
-        "weights": read_weights(weight or []),
+        "guidance": guidance, "refresh": refresh, "draft": draft, "precision": precision, "seed": seed, "n": n,
+        "best_of": best_of, "rank": rank, "weights": read_weights(weight or []),
     }
     options = {k: v for k, v in options.items() if v not in (None, {})}
     asked: dict[str, Any] = {

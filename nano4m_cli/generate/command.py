@@ -19,11 +19,12 @@ from nano4m_cli.data.workspace import DatasetFolder, Workspace
 from nano4m_cli.errors import DataError, UnknownNameError, UsageError, did_you_mean
 from nano4m_cli.generate import best
 from nano4m_cli.generate.conditions import fitted, kept_slots, veiled
-from nano4m_cli.generate.options import GenerateOptions, resolve
+from nano4m_cli.generate.options import WHY_IDLE, GenerateOptions, idle, resolve
 from nano4m_cli.generate.sampler import chains
 from nano4m_cli.generate.state import Stage, State
 from nano4m_cli.masking._mixture import IN_DISTRIBUTION, direction
 from nano4m_cli.modalities._base import Modality
+from nano4m_cli.model.fourm import FourM
 from nano4m_cli.registry import MODALITIES
 from nano4m_cli.tokenizers._base import Tokenizer, open_tokenizer
 from nano4m_cli.train.run import OpenRun, check_specs, open_run
@@ -324,6 +325,7 @@ class Studio:
     def _stages(self, out: Prepared, steps: Sequence[tuple[Step, GenerateOptions]], so_far: list[str]) -> None:
         """Append the stages of a request's steps, and say what training never showed."""
         names, posed = self.layout.names, self.run.directions
+        given, useful = set(), set()  # options that were chosen; those of them that change what some target is
         for step, options in steps:
             plain = resolve(options, step.to, self.run.model, posed, bool(out.request.away))
             regions: dict[str, list[str]] = {}
@@ -332,6 +334,9 @@ class Studio:
                     raise UsageError(f"keep {name}:{region}: a step keeps parts of pictures, sounds and videos")
                 regions.setdefault(name, []).append(region)
             said = step.model_fields_set | out.request.model_fields_set
+            chosen = {o for o in WHY_IDLE if getattr(options, o) not in (None, (), 0, {"guidance": 1.0, "repetition": 1.0}.get(o))}
+            given |= chosen
+            useful |= chosen - set.intersection(*(idle(options, self.spec[target].kind) for target in step.to))
             asked = "steps" in said and isinstance(options.schedule, str) and options.scheme in ("auto", "roar", "maskgit")
             for target in step.to:
                 hidden = np.zeros(self.layout.columns, dtype=bool)
@@ -352,6 +357,8 @@ class Studio:
                 so_far.append(target)
             if plain.guidance == 0 and not plain.weights:
                 out.notices.append("guidance 0: the conditions are read and count for nothing")
+        if isinstance(self.run.model, FourM):
+            out.notices += [f"{option} changes nothing here: {WHY_IDLE[option]}" for option in sorted(given - useful)]
 
     # -- what is made -------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ class GenerateOptions(Config):
     steps only; None or 0: it is made anew at every step. A block-causal encoder makes nothing anew unless told to.
     draft: k: text, and codes and grids of scheme ar (codes also of auto), are drafted k slots at a time, then checked: the ids are
     distributed as without it (generate/speculative.py).
+    precision: bf16 multiplies in 16 bits, quicker where hardware does it; other ids are drawn than in fp32.
     """
 
     scheme: Scheme = "auto"
@@ -54,6 +55,7 @@ class GenerateOptions(Config):
     weights: tuple[tuple[str, float], ...] = ()
     refresh: int | None = Field(None, ge=0)
     draft: int | None = Field(None, ge=1, le=64)
+    precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = Field(0, ge=0)
 
     @field_validator("temperature")
@@ -82,6 +84,30 @@ class GenerateOptions(Config):
     def guided(self) -> bool:
         """Whether conditions are weighed against their absence; so by options alone, not by what a batch holds."""
         return bool(self.weights) or self.guidance not in (None, 1.0)
+
+
+WHY_IDLE = {
+    "noise": "only scheme maskgit draws with it",
+    "draft": "text is drafted, sound, and what is made with scheme ar",
+    "repetition": "only text is penalised",
+    "refresh": "only what is made in several steps reads anything again",
+    "guidance": "text is written without guidance",
+    "weights": "text is written without guidance",
+}
+
+
+def idle(options: GenerateOptions, kind: str) -> set[str]:
+    """Return which of the options in `WHY_IDLE` change nothing where a fourm run makes a modality of this kind."""
+    text, scheme = kind == "sequence", options.scheme
+    matters = {
+        "noise": not text and scheme == "maskgit",
+        "draft": text or scheme == "ar" or (kind == "codes" and scheme == "auto"),
+        "repetition": text,
+        "refresh": not text and scheme not in ("onepass", "mean"),
+        "guidance": not text,
+        "weights": not text,
+    }
+    return {name for name, does in matters.items() if not does}
 
 
 def resolve(

@@ -5,7 +5,6 @@ Every draw is a function of (seed, request, slot), so a request gives the same s
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -23,7 +22,6 @@ from nano4m_cli.model.base import TokenModel
 from nano4m_cli.model.batch import pack
 from nano4m_cli.model.fourm import FourM
 from nano4m_cli.model.gpt import GPT
-from nano4m_cli.model.layers import TokenTable
 from nano4m_cli.spec import TokenSpec
 from nano4m_cli.tokenizers._fsq import FSQ
 
@@ -45,8 +43,8 @@ def fill(model: TokenModel, state: State, target: str, options: GenerateOptions)
     columns = model.layout.slice(target)
     known = state.known_BC[:, columns].sum(1)
     state.work[target] = np.zeros((len(known), 2), dtype=np.int64)
-    held = model.head.held() if isinstance(model.head, TokenTable) else contextlib.nullcontext()
-    with torch.inference_mode(), held:
+    kind = model.device.type
+    with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=options.precision == "bf16"), model.lean():
         if isinstance(model, GPT):
             _read_on(model, state, target, options)
         elif spec.kind == "sequence" and not model.wholly and model.causal_text:
@@ -380,4 +378,4 @@ def _write_text(model: TokenModel, state: State, target: str, o: GenerateOptions
 def group_logits(model: TokenModel, h_ND: Tensor, group: int) -> Tensor:
     """Return the logits (N, V) of one vocabulary group for decoder outputs."""
     start = model.layout.vocab_start
-    return torch.nn.functional.linear(h_ND, model.head.weight()[start[group] : start[group + 1]].to(h_ND.dtype))
+    return torch.nn.functional.linear(h_ND, model.head.weight()[start[group] : start[group + 1]])

@@ -170,11 +170,12 @@ class Mask:
         return self._cache[key]
 
 
-def best_backend(device: str, dtype: torch.dtype, width: int, blocks: bool = False) -> str:
-    """Return what "auto" stands for. device: "cpu" or "cuda". blocks: whether the mask has some."""
+def best_backend(device: str, dtype: torch.dtype, width: int, blocks: bool = False, grad: bool = True) -> str:
+    """Return what "auto" stands for. device: "cpu" or "cuda". blocks: whether the mask has some. grad: whether in training."""
     if device == "cuda":
         return "varlen" if dtype in HALF and not blocks else "sdpa"
-    return "loop" if width >= LOOP_WIDTH and dtype not in HALF else "padded"  # Flash for CPUs is slow backwards in bf16
+    slow = grad and dtype in HALF  # Flash for CPUs, backwards
+    return "loop" if width >= LOOP_WIDTH and not slow else "padded"
 
 
 def attend(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask, backend: str = "auto") -> Tensor:
@@ -183,7 +184,8 @@ def attend(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask, bac
     Raises: ConfigError where the backend cannot do it: varlen without CUDA or in fp32.
     """
     if backend == "auto":
-        backend = best_backend(q_TD.device.type, q_TD.dtype, q_TD.shape[1], mask.block is not None)
+        grad = torch.is_grad_enabled() and q_TD.requires_grad
+        backend = best_backend(q_TD.device.type, q_TD.dtype, q_TD.shape[1], mask.block is not None, grad)
     if backend == "varlen":
         return _varlen(q_TD, k_TD, v_TD, heads, mask)
     assert backend in BACKENDS, backend
@@ -352,6 +354,12 @@ def _varlen(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask) ->
 
 
 def _loop(q_TD: Tensor, k_TD: Tensor, v_TD: Tensor, heads: int, mask: Mask) -> Tensor:
+    even = mask.k_row is None and mask.block is None and not (mask.causal is not None and bool(mask.causal.any()))
+    if even and mask.q.rows and len(q_TD) == mask.q.rows * mask.q.width and len(k_TD) == mask.k.rows * mask.k.width:
+        # Rows of one length are a batch.
+        whole = lambda x, r: x.view(r.rows, r.width, heads, -1).transpose(1, 2)  # noqa: E731 - (S, H, L, D / H)
+        y = F.scaled_dot_product_attention(whole(q_TD, mask.q), whole(k_TD, mask.k), whole(v_TD, mask.k))
+        return y.transpose(1, 2).reshape(q_TD.shape)
     if q_TD.device.type == "cpu":
         return _Rows.apply(q_TD, k_TD, v_TD, heads, mask)
     return torch.cat([q_TD[:0], *(

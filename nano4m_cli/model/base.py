@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar, Literal
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from nano4m_cli.config import Config
 from nano4m_cli.model.batch import Packed
 from nano4m_cli.model.init import Init, initialise
-from nano4m_cli.model.layers import Block, Norm, TokenTable, make_norm, position_table
+from nano4m_cli.model.layers import Block, Linear, Norm, TokenTable, make_norm, position_table
 from nano4m_cli.model.nll import grouped_nll
 from nano4m_cli.model.positions import Fourier, rotations
 from nano4m_cli.spec import Layout
@@ -188,13 +189,30 @@ class TokenModel(nn.Module, ABC):
 
     def logits(self, batch: Packed, answers_TD: Tensor) -> list[Tensor | None]:
         """Return per vocabulary group the logits (n, vocab_size) of the slots asked of it, or None."""
-        weights = self.head.weight().to(answers_TD.dtype).split(self.layout.sizes)
+        weights = self.head.weight().split(self.layout.sizes)
         return [None if index is None else F.linear(answers_TD.index_select(0, index), weight)
                 for weight, index in zip(weights, batch.group_index, strict=True)]
 
     def forward(self, batch: Packed) -> list[Tensor | None]:
         """Return `logits` of the batch."""
         return self.logits(batch, self.answers(batch))
+
+    @contextmanager
+    def lean(self) -> Iterator[None]:
+        """Hold what is made of parameters at every call, for calls without gradients inside (parameters must not change): the
+        head's table, and under autocast all weights in its type."""
+        kind = self.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        layers = [m for m in self.modules() if isinstance(m, Linear)] if dtype else []
+        head = [self.head] if isinstance(self.head, TokenTable) else []
+        before = [m._held for m in (*layers, *head)]
+        try:
+            for m in (*layers, *head):
+                m.hold(dtype)
+            yield
+        finally:
+            for m, held in zip((*layers, *head), before, strict=True):
+                m._held = held
 
     def ask(self, batch: Packed) -> list[Tensor | None]:
         """Return `logits` of the batch to rounding, in the quickest way: without gradients, while generating."""

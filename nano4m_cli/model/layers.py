@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -26,9 +24,26 @@ def make_norm(kind: Norm, width: int) -> nn.Module:
     return nn.LayerNorm(width, eps=1e-6, bias=False) if kind == "layernorm" else nn.RMSNorm(width, eps=1e-6)
 
 
-def linear(n_in: int, n_out: int, gain: float = 1.0) -> nn.Linear:
+class Linear(nn.Linear):
+    """A linear layer whose weight may be held in autocast's type (`lean`): without gradients autocast casts it at every call."""
+
+    _held: Tensor | None = None
+
+    @property
+    def held(self) -> Tensor:
+        """The weight to multiply with."""
+        return self.weight if self._held is None else self._held
+
+    def hold(self, dtype: torch.dtype) -> None:
+        self._held = self.weight.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.held, self.bias)
+
+
+def linear(n_in: int, n_out: int, gain: float = 1.0) -> Linear:
     """Return a bias-free linear layer, weights N(0, gain^2 / n_in)."""
-    layer = nn.Linear(n_in, n_out, bias=False)
+    layer = Linear(n_in, n_out, bias=False)
     nn.init.normal_(layer.weight, std=gain / math.sqrt(n_in))
     return layer
 
@@ -93,14 +108,11 @@ class TokenTable(nn.Module):
             self.register_buffer("level_row", torch.from_numpy(rows), persistent=False)
             self.level = nn.Parameter(torch.randn(used, width) * std)
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Make `weight()` once for all that happens inside (the parameters must not change)."""
-        before, self._held = self._held, self.weight() if self.factored or self.multiplier != 1 else None
-        try:
-            yield
-        finally:
-            self._held = before
+    def hold(self, dtype: torch.dtype | None) -> None:
+        """Keep `weight()` as it is now (the parameters must not change), in a type where one is given."""
+        self._held = None
+        made = self.weight() if self.factored or self.multiplier != 1 or dtype else None
+        self._held = made if made is None or dtype is None else made.to(dtype)
 
     def weight(self) -> Tensor:
         """Return the (V, D) table with level vectors added, times the multiplier."""
@@ -147,6 +159,8 @@ class MLP(nn.Module):
         self.fc2 = linear(hidden, width, out_gain)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None and not torch.is_grad_enabled():  # in place: a fresh hidden layer is mostly page faults
+            return F.linear(torch.ops.aten.gelu_(self.fc1(x)), self.fc2.held)
         if self.gate is None:
             return _GeluLinear.apply(self.fc1(x), self.fc2.weight)
         return self.fc2(F.silu(self.gate(x)) * self.fc1(x))
@@ -220,7 +234,7 @@ class Attention(nn.Module):
         """Return `forward` of few queries, the context's keys and values not made where that is less work."""
         if self.k_norm is not None or turn is not None or len(x) * self.heads >= mask.q.rows * x.shape[1]:
             return self(x, mask, context, turn=turn, context_turn=context_turn)
-        return self.out(attend_folded(self.q(x), context, self.kv.weight, self.heads, mask))
+        return self.out(attend_folded(self.q(x), context, self.kv.held, self.heads, mask))
 
 
 class Block(nn.Module):

@@ -24,8 +24,8 @@ class Memory:
     """
 
     def __init__(self, model: FourM, samples: int, most: int, text: int = 0):
-        c = model.config
-        make = lambda layers, n: [Cache.empty(samples, c.heads, n, c.head_width, model.context.weight) for _ in layers]  # noqa: E731
+        c, like = model.config, model.context.held
+        make = lambda layers, n: [Cache.empty(samples, c.heads, n, c.head_width, like) for _ in layers]  # noqa: E731
         self.model = model
         self.own, self.cross = make(model.encoder, most), make(model.decoder, most)
         self.text = make(model.decoder if text else (), text)

@@ -8,9 +8,7 @@ Legend: T frames of a recording, K mel bands, D cepstral coefficients.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import warnings
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -24,7 +22,10 @@ FRAME, HOP = 600, 120  # samples: 25 and 5 ms
 FFT, BANDS, ORDER = 1024, 40, 13  # mel bands of 0 to 8 kHz; coefficients c1 .. c13
 TOP_HZ = 8000.0
 DEPTH = 80.0  # dB under a recording's loudest band, below which all counts as equally silent
-PESQ = "pip install 'nano4m[pesq]' (it is compiled: a C compiler is needed), or leave out tts.pesq"
+INSTALL = {
+    "pystoi": "pip install pystoi",
+    "pesq": "pip install 'nano4m[pesq]' (it is compiled: a C compiler is needed), or leave out tts.pesq",
+}
 SHORTEST = 0.5  # seconds, under which STOI means nothing
 
 
@@ -100,7 +101,10 @@ def mcd(made: np.ndarray, truth: np.ndarray) -> float:
 def stoi(made: np.ndarray, truth: np.ndarray) -> float:
     """Return short-time objective intelligibility, about 0 to 1 (Taal et al. 2011, by pystoi); NaN where the true speech lasts
     less than SHORTEST or the made one is silent. Both keep their time: it compares moment with moment."""
-    pystoi = need("pystoi", "pip install pystoi")
+    try:
+        import pystoi
+    except ImportError as err:
+        raise lacks("pystoi") from err
     n = min(len(made), len(truth))
     made, truth = made[:n].astype(np.float64), truth[:n].astype(np.float64)
     if seconds(truth) < SHORTEST or not np.abs(made).max(initial=0) > 0:
@@ -115,7 +119,10 @@ def stoi(made: np.ndarray, truth: np.ndarray) -> float:
 
 def pesq(made: np.ndarray, truth: np.ndarray) -> float:
     """Return wide-band PESQ (ITU-T P.862.2, by the package pesq), 1 to 4.6; NaN where there is no speech to compare."""
-    package = need("pesq", PESQ)
+    try:
+        import pesq as package
+    except ImportError as err:
+        raise lacks("pesq") from err
     n = min(len(made), len(truth))
     made, truth = (resample(w[:n], RATE, 16_000) for w in (made, truth))
     if not np.abs(made).max(initial=0) > 0 or not np.abs(truth).max(initial=0) > 0:
@@ -125,9 +132,6 @@ def pesq(made: np.ndarray, truth: np.ndarray) -> float:
     return float("nan")
 
 
-def need(name: str, how: str) -> ModuleType:
-    """Return a package; one that is not installed is a UsageError that says how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as err:
-        raise UsageError(f"package '{name}' is not installed", how) from err
+def lacks(name: str) -> UsageError:
+    """Return the error for a package that is not installed."""
+    return UsageError(f"package '{name}' is not installed", INSTALL[name])

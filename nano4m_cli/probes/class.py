@@ -1,4 +1,4 @@
-"""Zero-shot classes from any modality: which caption is the most likely one, word by word and by whole captions of every class."""
+"""Zero-shot classes from any modality: the likeliest caption, word by word and among whole captions of every class."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ class Probe(Base):
     def missing(self, context: Context) -> str | None:
         if _label_slot(context):
             return None
+        if not context.info.attributes and not classes.labels_of(context):
+            return f"data set '{context.dataset.name}' states no attributes"
         if "caption" not in context.names:
             return "the run has no caption"
         if "caption" in context.info.brought:
@@ -38,8 +40,6 @@ class Probe(Base):
         sources = [s for s in context.names if s != "caption" and context.model.reads([s], "caption")]
         if not sources:
             return "the run has no modality to tell a class from, beside the caption"
-        if not context.info.attributes and not classes.labels_of(context):
-            return f"data set '{context.dataset.name}' states no attributes"
         values = {a: classes.train_share(context, a) for a in classes.labels_of(context)}
         if values and all(len(v) < 2 for v in values.values()):
             only = next(v for shares in values.values() for v in shares)

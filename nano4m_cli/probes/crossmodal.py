@@ -52,7 +52,8 @@ class Probe(Base):
             *(["psnr, ssim of rgb made from others: to the one true picture, of many that the source allows; majority: the train "
                "split's mean picture"] if "rgb" in context.names else []),
             *(["rgb_hi: psnr of the expected code values in one pass; enlarged_psnr: of rgb made larger (bicubic), which "
-               "learned nothing; shrunk_psnr: of the samples made as small as rgb, to rgb"] if "rgb_hi" in context.names else []),
+               "learned nothing; enlarged_codes_psnr: of rgb as its codes tell it made larger, which is all that the model was "
+               "shown; shrunk_psnr: of the samples made as small as rgb, to rgb"] if "rgb_hi" in context.names else []),
         ], self._plots(context, metrics))
 
     def _plots(self, context: Context, metrics: list[Metric]) -> list[Plot]:
@@ -125,11 +126,13 @@ class Probe(Base):
         drawn = context.decoded(["rgb"], ["rgb_hi"], "rgb_hi")
         own = psnr(context.round_trip("rgb_hi"), truth)
         fit = lambda x, like, how: np.asarray(Image.fromarray(x).resize(like.shape[1::-1], how))  # noqa: E731
-        enlarged = [fit(s, t, Image.Resampling.BICUBIC) for s, t in zip(small, truth, strict=True)]
+        enlarge = lambda xs: [fit(s, t, Image.Resampling.BICUBIC) for s, t in zip(xs, truth, strict=True)]  # noqa: E731
+        coded = context.tokenizer("rgb").decode(context.ids("rgb"))
         shrunk = [fit(d, s, Image.Resampling.BOX) for d, s in zip(drawn, small, strict=True)]
         return [
             mean_metric(f"{name}/psnr", psnr(made, truth), reference=float(own.mean()), unit="dB"),
-            mean_metric(f"{name}/enlarged_psnr", psnr(enlarged, truth), unit="dB"),
+            mean_metric(f"{name}/enlarged_psnr", psnr(enlarge(small), truth), unit="dB"),
+            mean_metric(f"{name}/enlarged_codes_psnr", psnr(enlarge(coded), truth), unit="dB"),
             mean_metric(f"{name}/shrunk_psnr", psnr(shrunk, small), unit="dB"),
         ]
 

@@ -20,7 +20,7 @@ from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context
 from nano4m_cli.probes._result import Findings, Metric, Plot, mean_metric
 from nano4m_cli.probes._trace import answers_by_layer
-from nano4m_cli.probes.loss import unigram_nll
+from nano4m_cli.probes.loss import marginal_nll, whole
 
 KIND = "probe"
 WHAT = {"ce": ("cross-entropy", "nats"), "token_acc": ("share of ids that are likeliest", ""),
@@ -41,12 +41,12 @@ class Probe(Base):
         return None if any(directions(context)) else f"a direction needs two modalities, the run has {', '.join(context.names)}"
 
     def measure(self, context: Context) -> Findings:
-        marginal, metrics, todo = unigram_nll(context), [], list(directions(context))
+        marginal, metrics, todo = marginal_nll(context).unigram, [], list(directions(context))
         uniform = np.broadcast_to(np.log(np.array(context.layout.sizes))[context.layout.group_C], marginal.shape)
         curves: dict[str, dict[str, list[list[Metric]]]] = {}  # target -> source -> layer
         for i, (source, target) in enumerate(todo):
             context.progress(f"lens {source}->{target}", i, len(todo))
-            shown, asked = (context.inside_NC & context.columns(m) for m in (source, target))
+            shown, asked = whole(context, [source], target)
             name = context.direction([source], target)
             known = {"ce": dict(chance=uniform[asked].mean(), majority=marginal[asked].mean(), unit="nats", higher_is_better=False),
                      "token_acc": dict(chance=np.exp(-uniform[asked]).mean())}

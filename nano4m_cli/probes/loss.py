@@ -49,10 +49,11 @@ class Probe(Base):
         for i, (sources, target) in enumerate(plans):
             name = context.direction(sources, target)
             context.progress(f"loss {name}", i, len(plans))
-            values = context.slot_nll(*whole(context, sources, target))[:, layout.slice(target)]
+            shown, asked = whole(context, sources, target)
+            values = context.slot_nll(shown, asked)[:, layout.slice(target)]
             spec = layout.specs[context.names.index(target)]
             one = _metric(f"{name}/ce", values, marginals.unigram[:, layout.slice(target)], spec.vocab_size)
-            metrics.append(one.model_copy(update={"ceiling": ceiling(context, sources, target)}))
+            metrics.append(one.model_copy(update={"ceiling": ceiling(context, sources, target, asked)}))
             found[tuple(sources), target] = one.value
         plots = _plots(context, found, marginals, {m.name: m.value for m in metrics})
         return Findings(metrics, [
@@ -61,6 +62,7 @@ class Probe(Base):
             "sample",
             "per modality: masks drawn as in training, with fixed seed; per direction: whole sources, the whole target; grids "
             "and codes in one pass, slot by slot independent, text from left to right",
+            "ceiling: where the sources determine all that the target says, what its wording alone varies",
             "'->target' is from nothing: a model whose training posed no such question answers it by chance or worse",
             *context.model.notes,
         ], plots)
@@ -82,12 +84,21 @@ def whole(context: Context, sources: list[str], target: str) -> tuple[np.ndarray
     return context.inside_NC & context.columns(*sources), context.inside_NC & context.columns(target) & has[:, None]
 
 
-def ceiling(context: Context, sources: list[str], target: str) -> float | None:
-    """Return the lowest possible cross-entropy where the data set knows it: 0 for a label that the sources determine."""
-    told = {a for s in sources for a in context.info.determined.get(s, [])}
-    known = context.info.determined.get(target)
-    one = context.layout.specs[context.names.index(target)].slots == 1
-    return 0.0 if one and known and set(known) <= told else None
+def ceiling(context: Context, sources: list[str], target: str, asked_NC: np.ndarray) -> float | None:
+    """Return the lowest possible cross-entropy where the data set knows it and the sources determine all that the target says: 0
+    for a label, for text the entropy of its wording."""
+    info = context.info
+    told = {a for s in sources for a in info.determined.get(s, [])}
+    says = set(info.determined.get(target, []))
+    if not says or not says <= told:
+        return None
+    if context.layout.specs[context.names.index(target)].slots == 1:
+        return 0.0
+    if (nats := info.wording.get(target)) is None:
+        return None
+    tokens_N = asked_NC.sum(1)
+    own = [nats[len(label["objects"]) - 1] for label, n in zip(context.labels, tokens_N, strict=True) if n]
+    return float(np.sum(own) / max(tokens_N.sum(), 1))
 
 
 def marginal_nll(context: Context) -> Marginals:
@@ -109,6 +120,11 @@ def marginal_nll(context: Context) -> Marginals:
             p = (own + SHRINK * share) / (own.sum() + SHRINK)
             positional[:, c] = -np.log(p[context.ids_NC[:, c]])
     return Marginals(unigram, positional)
+
+
+def unigram_nll(context: Context) -> np.ndarray:
+    """Return (N, C): -log p of each id under its vocabulary's frequencies in the train split."""
+    return marginal_nll(context).unigram
 
 
 def _metric(name: str, nll: np.ndarray, marginal: np.ndarray, vocab: int, unit: float = 1.0) -> Metric:

@@ -51,7 +51,7 @@ class Probe(Base):
         if lack := speech.missing(context):
             return lack
         if find_spec("pystoi") is None:
-            return "package 'pystoi' is not installed (pip install pystoi)"
+            return f"package 'pystoi' is not installed ({sound.INSTALL['pystoi']})"
         return None if self._directions(context) else "the run cannot make sound from a transcript"
 
     def _directions(self, context: Context) -> list[tuple[str, str]]:
@@ -60,8 +60,8 @@ class Probe(Base):
     def measure(self, context: Context) -> Findings:
         o, metrics, rows = self.options, [], []
         published = baseline(o, "tts")
-        if o.pesq:
-            sound.need("pesq", sound.PESQ)
+        if o.pesq and find_spec("pesq") is None:
+            raise sound.lacks("pesq")
         notes, plots = list(NOTES), []
         for source, target in self._directions(context):
             name, n = context.direction([source], target), min(o.clips, context.n)

@@ -47,6 +47,15 @@ class Figure:
             parts.append("lower is better")
         return ", ".join(parts)
 
+    @property
+    def against(self) -> str:
+        """Interval and baseline in words: "0.876 to 0.929, chance 0.333"."""
+        m, ends, base = self.metric, interval(self.metric), baseline(self.metric)
+        parts = [] if ends is None else [f"{figure(ends[0])} to {figure(ends[1])}"]
+        if base is not None:
+            parts.append(f"{'chance' if finite(m.chance) == base else 'majority'} {figure(base)}")
+        return ", ".join(parts)
+
 
 @dataclass
 class Card:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,6 +18,7 @@ from nano4m_cli.train.checkpoint import checkpoints
 from nano4m_cli.train.run import metrics
 
 T = TypeVar("T")
+COMPARED = "compare"  # what files that compare runs are named by
 
 
 class _Loose(Config):
@@ -60,6 +62,22 @@ class Metric(_Loose):
         return self.subject.rpartition("->")[2]
 
 
+class Plot(_Loose):
+    """What is drawn beside the figures; kind: matrix (a heat map), curve (a line per row over numbers), table."""
+
+    name: str
+    title: str = ""
+    kind: Literal["matrix", "curve", "table"]
+    rows: list[str]
+    columns: list[str | float]
+    values: list[list[str | float | None]]
+    low: list[list[float | None]] | None = None
+    high: list[list[float | None]] | None = None
+    x: str = ""
+    y: str = ""
+    diagonal: bool = False
+
+
 class Posed(_Loose):
     """Whether training posed a direction, and in what share of its samples."""
 
@@ -80,6 +98,8 @@ class Result(_Loose):
     metrics: list[Metric]
     in_distribution: dict[str, Posed] = {}
     notes: list[str] = []
+    plots: list[Plot] = []
+    settings: dict[str, Any] = {}
     seconds: float | None = None
 
     def posed(self, metric: Metric) -> Posed:
@@ -97,15 +117,89 @@ class Item(_Loose):
 
 
 class Row(_Loose):
+    """rule: why this sample is shown. figure: what the rule goes by, as text."""
+
     key: str = ""
     title: str = ""
+    rule: str = ""
+    figure: str = ""
     condition: list[Item] = []
     output: list[Item] = []
     truth: list[Item] = []
 
 
 class Gallery(_Loose):
+    """rules: how the rows were chosen, in sentences."""
+
     rows: list[Row] = []
+    rules: list[str] = []
+
+
+class Data(_Loose):
+    """What the data set says of itself (raw/dataset.json)."""
+
+    name: str
+    source: str = ""
+    version: int | str | None = None
+    options: dict[str, Any] = {}
+    modalities: list[str] = []
+    brought: list[str] = []
+    splits: dict[str, int] = {}
+    judge: int = 0
+    sizes: dict[str, dict[str, Any]] = {}
+    attributes: dict[str, dict[str, Any]] = {}
+    max_objects: int = 1
+    determined: dict[str, list[str]] = {}
+    ceilings: dict[str, dict[str, float | None]] = {}
+    pairing: str = ""
+    notes: str = ""
+
+
+class Difference(_Loose):
+    """One figure of two runs over the same samples; verdict: the run that is better after correction, if they can be told apart."""
+
+    probe: str = ""
+    name: str
+    unit: str = ""
+    base: float | None = None
+    other: float | None = None
+    difference: float | None = None
+    ci95: tuple[float | None, float | None] | None = None
+    p_holm: float | None = None
+    verdict: str | None = None
+
+
+class Against(_Loose):
+    run: str
+    figures: list[Difference] = []
+
+
+class Named(_Loose):
+    run: str
+
+
+class Paired(_Loose):
+    """What `runs/compare-.../compare.json` holds: runs against the first of them."""
+
+    base: str
+    split: str = ""
+    samples: int | None = None
+    runs: list[Named]
+    pairs: list[Against] = []
+    notes: list[str] = []
+
+
+def read_comparisons(runs: Path, names: Sequence[str]) -> list[tuple[Path, Paired]]:
+    """Return the comparisons in a folder of runs that are among the named ones only; what cannot be read is none."""
+    found = []
+    for path in sorted(runs.glob(f"{COMPARED}-*/{COMPARED}.json")):
+        try:
+            one = build(Paired, _json(path), str(path))
+        except (Nano4MError, OSError, ValueError, RecursionError):
+            continue
+        if {r.run for r in one.runs} <= set(names):
+            found.append((path, one))
+    return found
 
 
 @dataclass
@@ -121,7 +215,15 @@ class Inputs:
     parameters: int | None = None
     results: list[Result] = field(default_factory=list)
     gallery: Gallery = Gallery()
+    data: Data | None = None
+    data_sha256: str | None = None
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def dataset(self) -> str | None:
+        """The data set's name, as far as config or results tell it."""
+        found = self.setting("data", "dataset") or next((r.data for r in self.results if r.data), None)
+        return None if found is None else str(found)
 
     def setting(self, *path: str) -> Any:
         """Return a value of the config, None where it is not there."""
@@ -143,8 +245,12 @@ class Inputs:
         return [str(m) for m in names]
 
 
-def read_run(folder: Path) -> Inputs:
-    """Read everything a report shows; only a missing run folder is an error."""
+def read_run(folder: Path, data: Path | None = None) -> Inputs:
+    """Read everything a report shows; only a missing run folder is an error.
+
+    Args:
+        data: the folder of all data sets, where what the run's own says of itself is wanted.
+    """
     if not folder.is_dir():
         raise DataError(f"no run folder '{folder}'", "train it first: nano4m train CONFIG")
     out = Inputs(folder)
@@ -158,7 +264,8 @@ def read_run(folder: Path) -> Inputs:
         except Nano4MError as err:
             out.problems.append(err.message.replace(str(folder) + "/", ""))
         except (OSError, ValueError, RecursionError) as err:
-            out.problems.append(f"{path.relative_to(folder)} cannot be read: {err}".replace(str(folder) + "/", ""))
+            name = path.relative_to(folder) if path.is_relative_to(folder) else path.name
+            out.problems.append(f"{name} cannot be read: {err}".replace(str(folder) + "/", ""))
         return None
 
     out.config = attempt(folder / "config.yaml", load_yaml) or {}
@@ -179,6 +286,10 @@ def read_run(folder: Path) -> Inputs:
         state = attempt(point / "state.json", _json)
         out.state = state if isinstance(state, dict) else {}
         out.parameters = attempt(point / "model.safetensors", _parameters) or _shared_parameters(out.state)
+    if data is not None and out.dataset and Path(out.dataset).name == out.dataset:
+        path = data / out.dataset / "raw" / "dataset.json"
+        out.data = attempt(path, lambda p: build(Data, _json(p), f"dataset.json of {out.dataset}"))
+        out.data_sha256 = None if out.data is None else hashlib.sha256(path.read_bytes()).hexdigest()
     return out
 
 

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from nano4m_cli.report._curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, tick, ticks
 from nano4m_cli.report._figures import interval
+from nano4m_cli.report._frame import COLOURS, Frame
 from nano4m_cli.report._numbers import figure, finite
 
 PLOTTED = ("vendi_judge", "distinct", "seconds", "calls")  # columns that the first is plotted over; of each two the first there
-COLOURS = 6  # that style.css has
 
 
 @dataclass(frozen=True)
@@ -133,49 +132,3 @@ def _lines(table: Table) -> Plot:
 
 def _value(metric: Any) -> float | None:
     return None if metric is None else finite(metric.value)
-
-
-class Frame:
-    """Axes around values; x_names: ticks of the x axis, where they are not numbers of it."""
-
-    def __init__(self, xs: Sequence[float], ys: Sequence[Any], x_label: str, y_label: str, x_names: dict[float, str] | None = None):
-        self.xs, self.ys = self._range(xs), self._range([y for y in ys if y is not None])
-        self.x_label, self.y_label, self.x_names = x_label, y_label, x_names
-
-    @staticmethod
-    def _range(values: Sequence[float]) -> tuple[float, float]:
-        low, high = min(values, default=0.0), max(values, default=1.0)
-        pad = 0.06 * (high - low) or abs(high) * 0.05 or 1.0
-        return low - pad, high + pad
-
-    def x(self, v: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (v - self.xs[0]) / (self.xs[1] - self.xs[0])
-
-    def y(self, v: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (v - self.ys[0]) / (self.ys[1] - self.ys[0])
-
-    def whisker(self, x: float, metric: Any, look: str) -> list[str]:
-        """Return the metric's interval, if it has one, as a line at `x` pixels."""
-        ends = interval(metric)
-        if ends is None:
-            return []
-        return [f'<line class="whisker {look}" x1="{x:.1f}" x2="{x:.1f}" y1="{self.y(ends[0]):.1f}" y2="{self.y(ends[1]):.1f}"/>']
-
-    def mark(self, x: float, value: float, look: str, radius: float, told: str) -> list[str]:
-        return [f'<circle class="mark {look}" cx="{x:.1f}" cy="{self.y(value):.1f}" r="{radius:.1f}">'
-                f"<title>{escape(told)}</title></circle>"]
-
-    def begin(self, told: str) -> list[str]:
-        bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
-        out = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(told)}">']
-        for v in ticks(*self.ys):
-            out.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{self.y(v):.1f}" y2="{self.y(v):.1f}"/>')
-            out.append(f'<text class="tick" x="{LEFT - 6}" y="{self.y(v) + 3.5:.1f}" text-anchor="end">{tick(v)}</text>')
-        for v, name in (self.x_names or {v: tick(v) for v in ticks(*self.xs)}).items():
-            out.append(f'<line class="axis" x1="{self.x(v):.1f}" x2="{self.x(v):.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-            out.append(f'<text class="tick" x="{self.x(v):.1f}" y="{bottom + 15}" text-anchor="middle">{name}</text>')
-        out.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
-        middle = (LEFT + right) / 2
-        out.append(f'<text class="label" x="{middle}" y="{HEIGHT - 3}" text-anchor="middle">{escape(self.x_label)}</text>')
-        out.append(f'<text class="label" x="{LEFT}" y="10">{escape(self.y_label)}</text>')
-        return out

@@ -10,24 +10,28 @@ configuration (`_reference.py`), with random weights: time does not depend on wh
     exact         `fill` in a batch of a bidirectional encoder, which must read everything anew at each step.
     incremental   the same with `refresh` beyond the last step: what is known is read once. A block-causal encoder does the same
                   computation, and exactly.
-    * bf16        the same under autocast (where hardware has it).
+    * bf16        the same with `precision=bf16` (where hardware has it), against the plain way in fp32.
 
-Seconds are per sample; speed-ups are medians of the rounds' ratios.
+Seconds are per sample; speed-ups are medians of the rounds' ratios. exact_bound is the exact_speedup that there would be if
+nothing but the exact mode's multiplications took time, all at the rate of one large product of the model (product_rate): of the
+FLOPs of the plain way (plain_flops), exact_flops remain, because a bidirectional encoder reads all that is known at every step.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from _figures import figure, show
-from _padded import Padded4M
-from _reference import SPECS, reference_config
+from _padded import VOCAB, Padded4M
+from _reference import SPECS, forward_flops, reference_config
 
 from nano4m_cli.compute import multiplies_bf16
 from nano4m_cli.generate.options import GenerateOptions
 from nano4m_cli.generate.sampler import fill
+from nano4m_cli.generate.schedules import counts
 from nano4m_cli.generate.state import State
 from nano4m_cli.model.fourm import FourM
 from nano4m_cli.rng import generator
@@ -65,13 +69,9 @@ class Bench:
         made = {"plain": (self._plain, 1), "exact": (self._fill, self.batch),
                 "incremental": (lambda turn: self._fill(turn, refresh=STEPS), self.batch)}
         if multiplies_bf16("cpu"):
-            for name, (make, samples) in [(n, made[n]) for n in ("exact", "incremental")]:
-                made[f"{name}_bf16"] = (lambda turn, make=make: self._bf16(make, turn), samples)
+            made["exact_bf16"] = (lambda turn: self._fill(turn, precision="bf16"), self.batch)
+            made["incremental_bf16"] = (lambda turn: self._fill(turn, refresh=STEPS, precision="bf16"), self.batch)
         return made
-
-    def _bf16(self, make: Callable, turn: int) -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            make(turn)
 
     def _plain(self, turn: int) -> None:
         """Make one sample, as simply as it can be written."""
@@ -92,11 +92,41 @@ class Bench:
         fill(self.ours, state, TARGET, GenerateOptions(steps=STEPS, temperature=1.0, guidance=1.0, seed=turn, **options))
         assert state.known_BC[:, self.layout.slice(TARGET)].all()
 
+    def flops(self) -> tuple[float, float]:
+        """Return the FLOPs of a sample, made plainly and exactly: the exact mode has a head of the target's ids, and folds the
+        keys and values of cross-attention into its few queries (a register is one more token)."""
+        c, target = self.ours.config, SPECS[self.layout.names.index(TARGET)]
+        d, heads, (e, l) = c.width, c.heads, c.numbers[:2]
+        plain = exact = 0.0
+        done = 0
+        for now in counts(target.slots, STEPS):
+            n, m = SPECS[self.layout.names.index(SOURCE)].slots + done, now
+            plain += forward_flops(d, e, l, n, m, m * m, m * VOCAB)
+            n += c.registers
+            exact += forward_flops(d, e, l, n, m, m * m, m * target.vocab_size)
+            exact += l * (4 * d * d * m + 4 * heads * d * m * n - 4 * d * d * n - 4 * d * m * n)
+            done += now
+        return plain, exact
+
+    def product_rate(self) -> float:
+        """Return the FLOPs a second of the encoder's largest product, in a batch of the middle step."""
+        x, w = torch.randn(self.batch * 160, self.ours.config.width), self.ours.encoder[0].mlp.fc1.weight
+        with torch.inference_mode():
+            best = math.inf
+            for _ in range(20):
+                begin = time.perf_counter()
+                torch.nn.functional.linear(x, w)
+                best = min(best, time.perf_counter() - begin)
+        return 2 * x.numel() * len(w) / best
+
     def run(self, rounds: int) -> list[dict]:
         """Return the figures of so many rounds, after one to warm up."""
         setups = self.setups()
+        plain, exact = self.flops()
+        rates: list[float] = []
         seconds: dict[str, list[float]] = {name: [] for name in setups}
         for turn in range(rounds + 1):
+            rates += [self.product_rate()] if turn else []
             for name, (make, samples) in setups.items():
                 begin = time.perf_counter()
                 make(turn)
@@ -106,7 +136,11 @@ class Bench:
         return [
             *(figure(f"{name}_speedup", [a / b for a, b in zip(base, own, strict=True)], "x")
               for name, own in seconds.items() if name != "plain"),
+            figure("exact_bound", [a * rate / exact for a, rate in zip(base, rates, strict=True)], "x"),
             *(figure(f"{name}_sample", own, "s") for name, own in seconds.items()),
+            figure("product_rate", [r / 1e9 for r in rates], "GFLOP/s"),
+            figure("plain_flops", [plain / 1e9], "GFLOP"),
+            figure("exact_flops", [exact / 1e9], "GFLOP"),
         ]
 
 

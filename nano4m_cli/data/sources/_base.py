@@ -51,6 +51,8 @@ class DatasetInfo(Config):
         ceilings: best possible accuracy of an attribute a modality does not determine, e.g. {"audio": {"colour": .2}}.
         told_ceilings: the same where every other attribute of the object is told as well (empty: no different).
         through_labels: modalities that say nothing of the others beyond the attributes they determine.
+        wording: per modality that words attributes, the nats by which it varies when all that it says is given, by the number of
+            objects (from one on): what is left of its entropy to whoever knows every attribute.
         transcripts: text modalities that hold what is said in the sound (a caption that describes it is none).
         pairing: "instance" (modalities of a sample show the same thing) or "class" (paired by label only).
         notes: licence and anything a reader must know.
@@ -73,6 +75,7 @@ class DatasetInfo(Config):
     ceilings: dict[str, dict[str, float]] = {}
     told_ceilings: dict[str, dict[str, float]] = {}
     through_labels: list[str] = []
+    wording: dict[str, list[float]] = {}
     transcripts: dict[str, Transcript] = {}
     pairing: Literal["instance", "class"] = "instance"
     notes: str = ""

@@ -6,6 +6,8 @@ so a caption's wording tells nothing of the scene, and exchanging one word gives
 
 from __future__ import annotations
 
+import math
+
 from nano4m_cli.data.sources._base import Attribute
 
 ATTRIBUTES = {
@@ -38,6 +40,17 @@ def choose(count: int, u: float) -> int:
     if count == 1 or u < FIRST:
         return 0
     return 1 + min(int((u - FIRST) / (1 - FIRST) * (count - 1)), count - 2)
+
+
+def entropy(count: int) -> float:
+    """Return the nats of `choose` among so many."""
+    p = [1.0] if count == 1 else [FIRST] + [(1 - FIRST) / (count - 1)] * (count - 1)
+    return -sum(q * math.log(q) for q in p)
+
+
+def wording_entropy(objects: int) -> float:
+    """Return the nats by which captions of the same scene vary: its template, and each object's wordings of size and material."""
+    return entropy(len(TEMPLATES[objects])) + objects * 2 * entropy(2)
 
 
 def compose(objects: list[dict[str, str]], template: int, wordings: list[tuple[int, int]]) -> tuple[str, list[dict]]:

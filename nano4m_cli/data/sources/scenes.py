@@ -182,6 +182,7 @@ class Source(BaseSource):
             ceilings=limits,
             told_ceilings=told_limits,
             through_labels=["audio", "caption"],
+            wording={"caption": [round(text.wording_entropy(n), 6) for n in range(1, o.max_objects + 1)]},
             notes="Procedural, no licence attached. test_novel shows only (shape, colour, material) triples that no "
             "other split shows; ceilings are those of the other splits. "
             f"Depth is along the viewing axis; sky and far ground are at {render.FAR:g} m.",
