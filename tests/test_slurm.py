@@ -120,7 +120,7 @@ def test_one_run_survives_limit_preemption_and_kills(cluster, here):  # noqa: F8
     pids = trains(2)
     assert cluster.wait(urgent) == ["COMPLETED"]
     saved = {p.name for p in (here / "runs" / "hurt" / "checkpoints").iterdir()}
-    daemon = (cluster.folder / "pid" / "slurmd-worker2.own").read_text()  # its number among the node's processes
+    daemon = (cluster.folder / "pid" / "slurmd-worker2.own").read_text().strip()  # its number among the node's processes
     inside = (cluster.folder / "pid" / "worker2").read_text().split()[0]
     cluster.call("nsenter", "--target", first_child(inside), "--pid", "--mount", "kill", "-KILL", daemon)  # nothing comes of it
     go_on(pids)

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     args = parser.parse_args()
     if args.quick:
-        args.kills, args.steps = 3, 200
+        args.kills, args.steps = 3, 120
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_tokens(root, 64)
@@ -62,7 +62,7 @@ def run(root: Path, args: argparse.Namespace) -> list[dict]:
             if child.poll() is not None:
                 raise SystemExit(f"start {len(killed_at)} ended by itself:\n{child.communicate()[1][-3000:]}")
             time.sleep(0.002)
-        time.sleep(moments.uniform(0.0, 0.5))
+        time.sleep(moments.uniform(0.0, 0.15 if args.quick else 0.5))
         if child.poll() is not None:
             raise SystemExit(f"the run ended before kill {len(killed_at) + 1}: give more --steps")
         for pid in family(child.pid):  # torchrun gives its workers sessions of their own
