@@ -31,15 +31,13 @@ def filter_logits(
     arXiv:2407.01082).
     """
     logits = logits_NV.float()
-    best = logits.argmax(-1, keepdim=True)
-    greedy = torch.full_like(logits, -torch.inf).scatter_(-1, best, 0.0)
     if isinstance(temperature, Tensor):
         cold = (temperature == 0)[:, None]
         warm = filter_logits(logits / torch.where(cold, 1.0, temperature[:, None].float()), 1.0, top_k, top_p, min_p)
-        return torch.where(cold, greedy, warm)
+        return torch.where(cold, filter_logits(logits, 0.0, None, None), warm) if bool(cold.any()) else warm
     if temperature == 0:
-        return greedy
-    logits = logits / temperature
+        return torch.full_like(logits, -torch.inf).scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
+    logits = logits if temperature == 1 else logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -60,5 +58,7 @@ def draw(logp_NV: Tensor, uniform_N: np.ndarray) -> tuple[Tensor, Tensor]:
     u = torch.from_numpy(np.asarray(uniform_N))[:, None].to(p.device) * cumulative[:, -1:]
     ids = torch.searchsorted(cumulative, u, right=True).squeeze(-1).clamp_max(p.shape[-1] - 1)
     # Rounding at the very end may land on a barred id: the most likely one is then taken.
-    ids = torch.where(p.gather(-1, ids[:, None]).squeeze(-1) > 0, ids, p.argmax(-1))
+    barred = ~(p.gather(-1, ids[:, None]).squeeze(-1) > 0)
+    if bool(barred.any()):
+        ids = torch.where(barred, p.argmax(-1), ids)
     return ids, logp_NV.gather(-1, ids[:, None]).squeeze(-1)

@@ -190,7 +190,7 @@ def _ask(
     model: TokenModel, state: State, columns: slice, asked_BL: np.ndarray, target: str, o: GenerateOptions, step: int,
     steps_B: np.ndarray, reader: Reader | None = None,
 ):
-    """Return (row, slot, drawn id, the model's log-probability of it), numpy, for every asked slot.
+    """Return (row, slot, drawn id, for maskgit the model's log-probability of it), numpy, for every asked slot.
 
     Args:
         steps_B: how many steps each request's own schedule has.
@@ -203,9 +203,9 @@ def _ask(
     for at, logits in _logits(model, state, columns, asked_BL, o, step, steps_B, reader):
         own = heat if isinstance(heat, float) else torch.from_numpy(heat[at]).to(logits)
         drawn, _ = draw(filter_logits(_fresh(logits, state, columns, row[at], spec, o), own, o.top_k, o.top_p, o.min_p), u[at])
-        # Confidence is the model's own, before temperature and filters.
-        score = logits.log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1)
-        ids[at], logp[at] = drawn.cpu().numpy(), score.cpu().numpy()
+        ids[at] = drawn.cpu().numpy()
+        if o.scheme == "maskgit":  # confidence is the model's own, before temperature and filters
+            logp[at] = logits.log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1).cpu().numpy()
     return row, slot, ids, logp
 
 
