@@ -1,4 +1,4 @@
-"""Speech recognition: word and character errors of transcripts written from sound, beside recognisers and blind readers."""
+"""Speech recognition: word and character errors of transcripts, beside recognisers and readers that hear nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mean opinion scores: what people said of the sounds on the page that tts writes, with intervals over raters and sounds."""
+"""Mean opinion scores: what people said of the sounds on the page that tts writes, with intervals."""
 
 from __future__ import annotations
 

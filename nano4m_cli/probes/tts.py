@@ -1,4 +1,4 @@
-"""Speech synthesis: how near spoken transcripts come to recordings, whether they are understood; a page to rate them on."""
+"""Speech synthesis: how near it comes to recordings, whether it is understood, and a page on which people rate it."""
 
 from __future__ import annotations
 
