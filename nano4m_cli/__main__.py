@@ -13,7 +13,10 @@ def _leave(code: object) -> None:
     import atexit
     import os
     import sys
+    import time
 
+    if code and os.environ.get("RANK", "0") != "0":
+        time.sleep(2)  # what concerns all is said by the first, which torchrun ends as soon as another has failed
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
