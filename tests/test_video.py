@@ -430,7 +430,7 @@ def test_probes_read_motion_from_video(studio):
     result = run("probe", "linear", "--root", studio.root, "--device", "cpu", "--json")
     assert result.exit_code == 0, result.output
     found = {m["name"]: m for r in json.loads(result.stdout)["results"] for m in r["metrics"]}
-    assert found["video/layer0_motion_acc"]["ceiling"] == 1.0 and found["rgb/layer0_motion_acc"]["ceiling"] == 0.2
+    assert found["video/motion_acc"]["ceiling"] == 1.0 and found["rgb/motion_acc"]["ceiling"] == 0.2
     asked = [word for name in ("tokenizer", "class", "retrieval") for word in ("--probe", name)]
     result = run("eval", *asked, "--root", studio.root, "--device", "cpu", "--json")
     assert result.exit_code == 0, result.output

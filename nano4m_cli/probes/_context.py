@@ -184,7 +184,7 @@ class Context:
         slots = int(columns.sum())
         chunk = chunk_size(self.layout, (self.columns(*self.names) if self.model.wholly else columns)[None])
         for a in range(0, len(shown_NC), chunk):
-            rows = slice(a, a + chunk)
+            rows = slice(a, min(a + chunk, len(shown_NC)))
             shown = shown_NC[rows]
             # A model that sees every slot is asked for all that is not shown; the answers that are not wanted are left.
             asked = (self.inside_NC[rows] & ~shown) if self.model.wholly else np.broadcast_to(columns, shown.shape)

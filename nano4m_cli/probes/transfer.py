@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, field_validator
 
 from nano4m_cli.config import Config
-from nano4m_cli.data.loader import TokenData
+from nano4m_cli.data.loader import SampleOrder, TokenData
 from nano4m_cli.data.workspace import DatasetFolder, Workspace
 from nano4m_cli.generate.likelihood import slot_nll
 from nano4m_cli.masking._base import Key
@@ -155,6 +155,9 @@ class Few:
 
     def lengths(self, index_B: np.ndarray | slice) -> np.ndarray:
         return self.data.lengths(self.index_N[index_B])
+
+    def order(self, seed: int, *_: int) -> SampleOrder:
+        return SampleOrder(len(self), seed)
 
 
 class Scored:
