@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -171,20 +172,23 @@ def _recall_table(name: str, found: dict[str, dict[str, list]]) -> Plot:
     )
 
 
-class Task:
+class Task(ABC):
     """Texts (or ids) that stand for values, and the questions that their scores answer."""
 
     def __init__(self, target: str, n: int):
         self.target, self.n = target, n
 
+    @abstractmethod
     def score(self, context: Context, source: str) -> np.ndarray:
-        raise NotImplementedError
+        """Return the score of every text (or id), given a source."""
 
+    @abstractmethod
     def prior(self, context: Context) -> np.ndarray | None:
-        raise NotImplementedError
+        """Return the score given nothing, or None where the model cannot be asked."""
 
+    @abstractmethod
     def questions(self, score: np.ndarray, prior: np.ndarray | None, weight: float) -> list[Question]:
-        raise NotImplementedError
+        """Return what the scores answer."""
 
 
 class Words(Task):
