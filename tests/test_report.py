@@ -16,8 +16,8 @@ from PIL import Image
 from nano4m_cli.errors import DataError
 from nano4m_cli.report import _numbers as numbers
 from nano4m_cli.report._curves import Line, tick, ticks, y_range
-from nano4m_cli.report._figures import bar, baseline, scales, verdict
-from nano4m_cli.report._read import Metric
+from nano4m_cli.report._figures import bar, baseline, cards, scales, verdict
+from nano4m_cli.report._read import Inputs, Metric, Result
 from nano4m_cli.report.build import build
 
 EVIL = "<script>alert('x')</script>"
@@ -414,3 +414,11 @@ def test_ticks_and_range():
     assert y_range([]) == pytest.approx((0, 1.05))
     low, high = y_range([Line("train", "train", [(0, 3.0)])])
     assert low < 3 < high
+
+
+def test_a_figure_that_rests_on_other_questions_does_not_mark_its_direction(tmp_path):
+    own = metric("audio->caption/gain_last", 0.1, in_distribution=False)  # made of the loss from all other sources, never trained
+    posed = {"audio->caption": {"value": True, "frequency": 0.1}}
+    run = Inputs(tmp_path, results=[Result.model_validate(result("fusion", "t", [own], in_distribution=posed))])
+    (card,) = cards(run)
+    assert card.posed.value is True and [f.posed.value for f in card.figures] == [False]

@@ -150,9 +150,11 @@ def cards(run: Inputs) -> list[Card]:
             m = f.metric
             if m.setting is not None:  # laid out side by side in the probe's own section
                 continue
-            card = out.setdefault(m.subject, Card(m.subject, m.sources, m.target, f.posed))
-            if card.posed.value is None or f.posed.value is False:
-                card.posed = f.posed
+            # What the result says of the direction itself: a figure may rest on other questions as well (fusion).
+            posed = result.in_distribution.get(m.subject, f.posed)
+            card = out.setdefault(m.subject, Card(m.subject, m.sources, m.target, posed))
+            if card.posed.value is None or posed.value is False:
+                card.posed = posed
             card.figures.append(f)
     order = {name: i for i, name in enumerate(run.modalities)}
 
