@@ -6,6 +6,7 @@ import math
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from workspace_factory import by_hand, one_thread  # noqa: F401
@@ -178,3 +179,18 @@ def test_questions_are_the_same_for_all_and_from_every_side(bench, by_hand, monk
     shown, target = asked[3]
     sides = [np.add.reduceat(x, layout.start[:-1], axis=1) for x in (shown, target)]
     assert all(((s > 0).sum(1) == 1).all() for s in sides), "one whole modality from another"
+
+
+def test_a_scaling_law_is_found_again(bench):
+    """Losses made by a known law give it back; noise moves it within its intervals."""
+    from scaling_law import with_intervals
+
+    n, d = (x.ravel() for x in np.meshgrid([1e5, 3e5, 1e6, 3e6], [1e5, 3e5, 1e6, 3e6]))
+    loss = 1.5 + 40 / n**0.3 + 400 / d**0.5
+    exact = with_intervals(n, d, loss)
+    assert exact["a"][0] == pytest.approx(0.3, abs=0.02) and exact["b"][0] == pytest.approx(0.5, abs=0.02)
+    assert exact["E"][0] == pytest.approx(1.5, abs=0.05) and exact["residual"][0] < 2e-3
+    noisy = with_intervals(n, d, loss + np.random.default_rng(0).normal(0, 0.01, len(n)))
+    for name, true, grid in (("a", 0.3, 0.025), ("b", 0.5, 0.025), ("E", 1.5, 0)):  # exponents are points of a grid
+        value, low, high = noisy[name]
+        assert low - grid <= true <= high + grid and low < high < low + 0.3, (name, noisy)
