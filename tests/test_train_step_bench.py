@@ -112,3 +112,15 @@ def test_a_smoke_run_has_all_figures(bench, tmp_path):
     figures = {f["name"]: f for f in train_step.Bench(tmp_path, train_step.QUICK).run(1, memory, 64)}
     assert {"fp32_speedup", "gemm_share_fp32", "peak_memory_ratio", "useful_tokens_per_s"} <= set(figures)
     assert all(0 < f["low"] <= f["value"] <= f["high"] for f in figures.values())
+
+
+def test_the_step_on_a_device_has_all_figures(bench, tmp_path):
+    """On a CPU it shows that the bench runs; tokens per second and share of the peak come of the same step."""
+    import gpu_step
+    from _reference import make_tokens
+
+    settings = ["train.workers=0", "model.size=d1-1w64"]
+    figures = {f["name"]: f for f in gpu_step.measure(make_tokens(tmp_path, 256), 4, 2, "cpu", settings, 1e12)}
+    assert set(figures) == {"b4_tokens_per_s", "b4_mfu", "b4_step", "b4_run_minutes"}
+    assert all(0 < f["low"] <= f["value"] <= f["high"] for f in figures.values())
+    assert figures["b4_run_minutes"]["low"] == pytest.approx(18311 * 64 / 4 * figures["b4_step"]["low"] / 60)
