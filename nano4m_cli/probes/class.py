@@ -168,7 +168,7 @@ def _recall_table(name: str, found: dict[str, dict[str, list]]) -> Plot:
     first = next(iter(found.values()))
     return Plot(
         name=f"recall {name}", title=f"Recall of each class ({name}), by source", kind="table", rows=list(first), y="class",
-        columns=["asked", *found], values=[[first[v][1], *(per[v][0] for per in found.values())] for v in first],
+        columns=["asked", *found], values=[[str(first[v][1]), *(per[v][0] for per in found.values())] for v in first],
     )
 
 
