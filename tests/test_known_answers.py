@@ -124,7 +124,7 @@ def test_class_of_a_model_that_knows_the_class_only(world):
             assert found.metrics[f"{source}->caption/number_{figure}"].value == pytest.approx(1 / 8), figure
         assert np.allclose(found.plots[f"{source} number_acc"].values, 1 / 8)
     recall = found.plots["recall colour_acc"]
-    assert recall.columns == ["asked", "rgb", "audio"] and all(row == [8, 1.0, 1.0] for row in recall.values)
+    assert recall.columns == ["asked", "rgb", "audio"] and all(row == ["8", 1.0, 1.0] for row in recall.values)
 
 
 def test_a_label_that_captions_do_not_word(tmp_path):
