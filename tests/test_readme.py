@@ -19,7 +19,9 @@ SMALL = {
     "tokenize": "rgb.fit_steps=12 depth.fit_steps=8 normal.fit_steps=8 audio.fit_steps=8",
     "tokenize --modality audio": "",
     "train": "train.steps=4 train.batch=8 train.val_samples=16 model.size=d1-1w32",
+    "train --status": "",
     "eval": "--limit 12",
+    "eval --site": "",
     "probe": "--limit 12",
 }
 
@@ -49,7 +51,7 @@ def test_commands_run_as_written(tmp_path):
     for command in commands():
         words = shlex.split(command)[1:]
         extra = next((v for k, v in sorted(SMALL.items(), key=lambda kv: -len(kv[0])) if " ".join(words).startswith(k)), "")
-        if words[0] == "train" and "--dry-run" not in words:
+        if words[0] == "train" and not {"--dry-run", "--status"} & set(words):
             assert not (tmp_path / "runs" / "demo").exists()
         done = subprocess.run(
             [sys.executable, "-m", "nano4m_cli", *words, *shlex.split(extra)], cwd=tmp_path, env=env, capture_output=True,
@@ -59,6 +61,7 @@ def test_commands_run_as_written(tmp_path):
         if words[0] == "generate" and not (tmp_path / "picture.png").exists():
             shutil.copy(tmp_path / "generated" / "demo" / "rgb.png", tmp_path / "picture.png")
     assert (tmp_path / "runs" / "demo" / "report" / "index.html").stat().st_size > 10_000
+    assert (tmp_path / "site" / "index.html").is_file()
     assert (tmp_path / "generated" / "demo" / "audio.wav").stat().st_size > 1000
     # The same checkpoint gives the same file.
     results = tmp_path / "runs" / "demo" / "eval"
