@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class Mask:
     ):
         self.q, self.k, self.k_row, self.causal, self.block = q, k, k_row, causal, block
         assert block is None or q is k
-        self._cache: dict[tuple, Tensor] = {}
+        self._cache: dict[tuple, Any] = {}  # what the layers that share the mask need again
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -374,8 +374,16 @@ def _heads(x_LD: Tensor, heads: int) -> Tensor:
     return x_LD.view(len(x_LD), heads, -1).transpose(0, 1)[None]
 
 
-def _each_row(mask: Mask, dtype: torch.dtype) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
-    """Yield for every row with queries where they are, where its keys are, whether it is causal, and its blocks' bias."""
+def _each_row(mask: Mask, dtype: torch.dtype) -> list[tuple[slice, slice, bool, Tensor | None]]:
+    """Return for every row with queries where they are, where its keys are, whether it is causal, and its blocks' bias; kept
+    with the mask, which all layers share."""
+    key = ("rows", dtype)
+    if key not in mask._cache:
+        mask._cache[key] = list(_find_rows(mask, dtype))
+    return mask._cache[key]
+
+
+def _find_rows(mask: Mask, dtype: torch.dtype) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
     q_end, k_end = (np.concatenate([[0], np.cumsum(r.lengths.cpu().numpy())]).tolist() for r in (mask.q, mask.k))
     look = range(mask.q.rows) if mask.k_row is None else mask.k_row.tolist()
     causal = [False] * mask.q.rows if mask.causal is None else mask.causal.tolist()
