@@ -67,6 +67,28 @@ def test_two_nodes_train_as_one_process(cluster, here):  # noqa: F811
             assert a[name] == pytest.approx(b[name], rel=2e-4), (a, b)
 
 
+def test_two_nodes_evaluate_as_one_process(cluster, here):  # noqa: F811
+    local(here, "train", "tiny.yaml", "name=run", "train.steps=4")
+    folder = here / "runs" / "run" / "eval"
+    asked = ("--run", "run", "--probe", "loss,fusion")
+    local(here, "eval", *asked)
+    want = {p.name: p.read_bytes() for p in folder.iterdir()}
+    shutil.rmtree(folder)
+    job = cluster.sbatch(here, "eval", *asked, options=TWO)
+    assert cluster.wait(job) == ["COMPLETED"], log(here, job, "eval")
+    said = log(here, job, "eval")
+    assert "on 2 node(s) worker1 worker2 with 1 process(es) each: nano4m eval --run run" in said
+    assert "worker2 is node 1 of 2" in said and "(2 processes)" in said and "fusion: " in said
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == want and len(want) == 4
+    shutil.rmtree(folder)
+    job = cluster.sbatch(here, "eval", *asked, NANO4M_PROCS="2")
+    wait_for("the start", lambda: "with 2 process(es) each: nano4m eval" in log(here, job, "eval"))
+    cluster.call("scancel", "--batch", "--signal=USR1", job)  # near a time limit: it ends in its midst, and starts again
+    assert cluster.wait(job) == ["COMPLETED"], log(here, job, "eval")
+    assert "signal USR1" in log(here, job, "eval")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == want
+
+
 def first_child(pid):
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
 

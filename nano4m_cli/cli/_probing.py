@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ def run_probes(
     from nano4m_cli.probes._evaluate import evaluate
     from nano4m_cli.report._tradeoffs import tables
 
+    if here.ranks > 1:  # a launcher may have them ignored, for workers that stop in order: here nothing is left half done
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
     with dist.joined(picked, MINUTES, "start the evaluation again") as own, show.work() as work:
         done = evaluate(
             workspace, run, probes, split, limit, kind=kind, progress=work.progress, device=own, settings=settings,

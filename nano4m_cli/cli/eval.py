@@ -55,7 +55,7 @@ def command(
     nano4m eval --probe decoding decoding.direction="caption->rgb"
     nano4m eval --compare demo other another
     nano4m eval --site site --run demo --run digits
-    torchrun --nproc_per_node=4 -m nano4m_cli eval
+    torchrun --nproc_per_node=4 -m -- nano4m_cli eval
 
     --json: {run, report, files, skipped: {PROBE: reason}, results: [{probe, title, metrics: [{name, value, n, ci95,
     chance, ...}], notes, ...}]}; with --list {probes: {NAME: summary}}; with --site {site, runs, files, bytes}; with --compare what

@@ -28,7 +28,7 @@ def command(
     nano4m probe linear
     nano4m probe attentive attentive.steps=400
     nano4m probe --list
-    torchrun --nproc_per_node=4 -m nano4m_cli probe
+    torchrun --nproc_per_node=4 -m -- nano4m_cli probe
 
     --json: as of eval.
     """

@@ -180,8 +180,8 @@ class Context:
         return slot_nll(self.model, self.ids_NC, shown_NC, asked_NC, self.inside_NC)
 
     def answers(self, what: str, works: Sequence[dist.Work[Any]]) -> list[Any]:
-        """Return the answers of questions; several processes share them out."""
-        return dist.answers(works, partial(self.progress, what))
+        """Return the answers of questions; several processes share them out. Without `what` no progress is told."""
+        return dist.answers(works, partial(self.progress, what)) if what else dist.answers(works)
 
     def spread(
         self, what: str, items: Sequence[Any], work: Callable[[Any], Any], costs: Sequence[float] | None = None

@@ -37,8 +37,9 @@ class Probe(Base):
         plans = [(s, t) for t in _targets(context) for s in [[], *([o] for o in context.names if o != t)]
                  if context.model.reads(s, t)]
         cost: dict[tuple[str, str], float | None] = {}
-        for sources, target in plans:
+        for i, (sources, target) in enumerate(plans):
             name = context.direction(sources, target)
+            context.progress("one pass against chain rule", i, len(plans))
             has = np.flatnonzero((context.length_NM[:n, [context.names.index(m) for m in [*sources, target]]] > 0).all(1))
             if not len(has):
                 continue
@@ -46,7 +47,7 @@ class Probe(Base):
             order = {what: orders(context, target, has, bool(what)) for what in ("", "_random")}
             works = [one_pass_work(context, sources, target, has),
                      *(sequential_work(context, sources, target, has, o, picked) for o in order.values())]
-            whole, *turns = context.answers(f"one pass against chain rule {name}", works)
+            whole, *turns = context.answers("", works)
             for what, given in zip(order, turns, strict=True):
                 # The same slots of the same samples, answered at once: the difference is the order's, not the slots'.
                 at_once = np.take_along_axis(whole, np.take_along_axis(order[what], picked, 1), 1)
