@@ -70,6 +70,17 @@ def ranks() -> int:
     return td.get_world_size() if _together() else 1
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Be the only process for a while: what is called inside talks to no other, and others must not wait for it meanwhile."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def _together() -> bool:
     return not _alone and td.is_available() and td.is_initialized()
 
@@ -234,7 +245,6 @@ def spread(
         costs: about how long each item takes, in any unit (default: all the same).
         progress: called with (done, total) items; of several ranks by the share that this one has done.
     """
-    global _alone
     total, out = len(items), []
     if ranks() == 1:
         for item in items:
@@ -244,15 +254,13 @@ def spread(
     if not total:
         return out
     mine, error = dealt([1.0] * total if costs is None else costs, ranks())[rank()], None
-    _alone = True
     try:
-        for i in mine:
-            progress(total * len(out) // len(mine), total)
-            out.append((i, work(items[i])))
+        with alone():
+            for i in mine:
+                progress(total * len(out) // len(mine), total)
+                out.append((i, work(items[i])))
     except Nano4MError as err:
         error = err
-    finally:
-        _alone = False
     done = dict(pair for some in _meet(error, out) for pair in some)
     assert sorted(done) == list(range(total)), (total, sorted(done))  # else ranks were at different work
     return [done[i] for i in range(total)]
