@@ -251,8 +251,6 @@ def spread(
             progress(len(out), total)
             out.append(work(item))
         return out
-    if not total:
-        return out
     mine, error = dealt([1.0] * total if costs is None else costs, ranks())[rank()], None
     try:
         with alone():
@@ -261,8 +259,9 @@ def spread(
                 out.append((i, work(items[i])))
     except Nano4MError as err:
         error = err
-    done = dict(pair for some in _meet(error, out) for pair in some)
-    assert sorted(done) == list(range(total)), (total, sorted(done))  # else ranks were at different work
+    told = _meet(error, (total, out))
+    assert {n for n, _ in told} == {total}, f"ranks share different work: {[n for n, _ in told]} items"
+    done = dict(pair for _, some in told for pair in some)
     return [done[i] for i in range(total)]
 
 

@@ -101,6 +101,12 @@ def check() -> None:
 
         assert fails(outside) == ("on the way", rank != 2)
         assert fails(lambda: dist.by_first(lambda: unless((0,))(0))) == ("item 0", rank != 0)
+        try:
+            dist.spread(range(2 * (rank == 1)), unless(()))
+        except AssertionError as err:
+            assert "ranks share different work: [0, 2, 0] items" in str(err)
+        else:
+            raise SystemExit("it was not noticed")
         assert dist.spread(range(4), unless(())) == [0, 1, 2, 3], "and all go on together"
 
 
