@@ -15,12 +15,14 @@ import lzma
 import os
 import re
 import shutil
+import ssl
 import stat
 import tarfile
 import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -62,6 +64,7 @@ def download(
     max_bytes: int | None = None,
     hint: str | None = None,
     headers: dict[str, str] | None = None,
+    longest: float = LONGEST_WAIT,
 ) -> Path:
     """Return `dest`, which holds what `url` serves; a file that is there already is kept unless `sha256` differs.
 
@@ -74,6 +77,7 @@ def download(
         max_bytes: larger files are refused.
         hint: what the user can do when the download fails.
         headers: sent along, e.g. an authorisation (which a redirect to another host does not get).
+        longest: seconds before a retry at most, whatever the server asks for.
 
     Raises:
         FetchError: names the URL and what happened. The part that came is kept and resumed by the next call.
@@ -86,7 +90,7 @@ def download(
     part = dest.with_name(dest.name + ".part")
     hint = hint or "check the connection and try again: the download resumes where it stopped"
     with _disk_errors(part), _locked(part) as file, httpx.Client(
-        follow_redirects=True, timeout=timeout, headers=headers
+        follow_redirects=True, timeout=timeout, headers=headers, verify=_trusted()
     ) as client:
         transfer = _Transfer(client, url, file, part, sha256, progress or (lambda done, total: None), max_bytes)
         failures, best = 0, transfer.size()
@@ -101,7 +105,7 @@ def download(
                 if failures > retries:
                     raise FetchError(f"cannot download {url}: {again} ({failures} attempts)", hint) from again
                 wait = backoff * 2 ** (failures - 1) if again.wait is None else again.wait
-                time.sleep(min(wait, LONGEST_WAIT))
+                time.sleep(min(wait, longest))
             except FetchError as err:
                 raise err if err.hint else type(err)(err.message, hint) from err
         file.flush()
@@ -110,6 +114,12 @@ def download(
         transfer.note_path.unlink(missing_ok=True)
         sync_folder(dest.parent)
     return dest
+
+
+@lru_cache(maxsize=1)
+def _trusted() -> ssl.SSLContext:
+    """Return whom TLS trusts: reading that anew for each file takes longer than a small file."""
+    return httpx.create_ssl_context()
 
 
 def digest(path: Path) -> str:

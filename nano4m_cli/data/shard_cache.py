@@ -53,9 +53,9 @@ def fetch_file(file: RemoteFile, dest: Path, wait: float = 300.0, retries: int =
 
     dest.parent.mkdir(parents=True, exist_ok=True)
     if urlsplit(file.url).scheme in HTTP:
-        # A quarter of the time for a silence: the others are for further attempts.
-        download(file.url, dest, file.sha256 or None, late, retries, min(30.0, wait / 4), BACKOFF,
-                 hint="is the address right, and does the server answer?")
+        # An eighth of the time for a silence, and less between: the rest is for further attempts.
+        download(file.url, dest, file.sha256 or None, late, retries, min(30.0, wait / 8), min(BACKOFF, wait / 60),
+                 hint="is the address right, and does the server answer?", longest=wait / 16)
     else:
         _fetch_other(file, dest, late, retries)
     if 0 <= file.bytes != dest.stat().st_size:

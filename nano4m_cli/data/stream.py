@@ -18,7 +18,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +152,10 @@ class RemoteSplit(Split):
         self.starts = np.cumsum([0] + [len(s) for s in self.shards])
         self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
         self._asked: dict[int, float] = {}  # when each was last asked for by `soon`
-        self._pool: tuple[int, ThreadPoolExecutor] | None = None
+        self._pools: dict[tuple[int, str], ThreadPoolExecutor] = {}
 
     def __getstate__(self) -> dict[str, Any]:  # to loader processes: maps and threads are each one's own
-        return {**self.__dict__, "_maps": OrderedDict(), "_asked": {}, "_pool": None}
+        return {**self.__dict__, "_maps": OrderedDict(), "_asked": {}, "_pools": {}}
 
     def read(self, i: int, member: str) -> bytes:
         shard, j = self.locate(i)
@@ -170,9 +170,9 @@ class RemoteSplit(Split):
             DataError: names the first that did not come.
         """
         missing = [s for s in wanted if s not in self._maps]
-        for s, done in [(s, self._threads().submit(self.cache.get, self.shards[s].file)) for s in missing]:
+        for s, done in [(s, self._threads("due").submit(self.cache.get, self.shards[s].file)) for s in missing]:
             try:
-                done.result()
+                self._result(s, done)
                 self._maps[s] = self._map(s)
                 check(s, np.frombuffer(self._maps[s], dtype=np.uint8))
             except Nano4MError as err:
@@ -182,6 +182,13 @@ class RemoteSplit(Split):
         while len(self._maps) > max(16, 2 * len(wanted)):
             self._maps.popitem(last=False)
         return {s: self._maps[s] for s in wanted}
+
+    def _result(self, s: int, done: Future[Path]) -> None:
+        try:
+            done.result(3 * self.cache.wait + 1)  # another process's attempt, and one's own: only what hangs takes longer
+        except TimeoutError as err:
+            hint = "is the server there? data.wait is how long it may take"
+            raise FetchError(f"cannot fetch {self.shards[s].path}: no answer in {3 * self.cache.wait:g} s", hint) from err
 
     def _map(self, s: int) -> mmap.mmap:
         for _ in range(5):  # another process may have made room in between
@@ -195,16 +202,17 @@ class RemoteSplit(Split):
         for s in wanted:
             if s not in self._maps and now - self._asked.get(s, -ASK_AGAIN) >= ASK_AGAIN:
                 self._asked[s] = now
-                self._threads().submit(self._quietly, s)
+                self._threads("soon").submit(self._quietly, s)
 
     def _quietly(self, s: int) -> None:
         with contextlib.suppress(Nano4MError, OSError):
             self.cache.get(self.shards[s].file)
 
-    def _threads(self) -> ThreadPoolExecutor:
-        if self._pool is None or self._pool[0] != os.getpid():
-            self._pool = os.getpid(), ThreadPoolExecutor(AT_ONCE, "shards")
-        return self._pool[1]
+    def _threads(self, of: str) -> ThreadPoolExecutor:
+        """Return the threads of this process for what is due, or what is due soon: which must not hold up the former."""
+        if (os.getpid(), of) not in self._pools:
+            self._pools[os.getpid(), of] = ThreadPoolExecutor(AT_ONCE, "shards")
+        return self._pools[os.getpid(), of]
 
 
 def cache_of(dataset: DatasetFolder, folder: str | None = None, gigabytes: float = 20.0, wait: float = 300.0) -> ShardCache:

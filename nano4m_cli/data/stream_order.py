@@ -81,8 +81,12 @@ class StreamOrder:
         at = np.searchsorted(starts, place_B, side="right") - 1
         return self.first[shards[at]] + place_B - starts[at]
 
-    def ahead(self, rows: np.ndarray, step: int) -> list[int]:
-        """Return the shards that the lanes of some rows of a batch need in the rest of their window and in the next one."""
+    def ahead(self, rows: np.ndarray, step: int, steps: int | None = None) -> list[int]:
+        """Return the shards that the lanes of some rows of a batch need in the rest of their window and in the next one.
+
+        Args:
+            steps: after which the run ends: a window that begins then is not needed.
+        """
         each = self.batch // self.lanes
         out: dict[int, None] = {}
         for lane in np.unique(np.asarray(rows) // each).tolist():
@@ -90,6 +94,8 @@ class StreamOrder:
             k = step * each
             for offset in (0, self.span):
                 epoch, place = divmod(k + offset, end - start)
+                if steps is not None and offset and k + offset - place % self.span >= steps * each:
+                    continue
                 first = start + place // self.span * self.span
                 shards, starts = self._row(epoch)
                 a = int(np.searchsorted(starts, first, side="right")) - 1

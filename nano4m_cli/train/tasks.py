@@ -102,6 +102,7 @@ class FourMTask:
             if data.skip_broken:
                 hint = "leave data.skip_broken out: shards that come are checked by their sha256"
                 raise ConfigError("data.skip_broken needs shards that are here", hint)
+        self.apart = train.streamed
         self._val: tuple[list[Part], bool] | None = None
 
     def _counters(self, step: int) -> np.ndarray:
@@ -142,7 +143,7 @@ class FourMTask:
         """Return the places of this rank's samples in a step's batch; of a stream, those of its own lanes."""
         if isinstance(self.order, StreamOrder):
             rows = self.order.rows(self.rank, self.ranks)
-            self.train.soon(self.order.ahead(rows, step))
+            self.train.soon(self.order.ahead(rows, step, self.config.train.steps))
             return rows
         return deal(tokens_B, self.ranks)[self.rank]
 
@@ -190,7 +191,8 @@ class FourMTask:
         if self.val is None:
             return {}
         if self._val is None:
-            self._val = self._val_parts(self.val)
+            with dist.together():  # a rank may lack a shard that the others do not need
+                self._val = self._val_parts(self.val)
         device = next(self.model.parameters()).device
         parts, spare = [p.to(device) for p in self._val[0]], self._val[1]
         each = [self.model.modality_sums(p.packed)[0] for p in parts]
