@@ -24,6 +24,9 @@ BASE = {"train__batch": 12, "train__steps": 8, "train__checkpoint_every": 2, "tr
         "train__log_keys": True, "data__window": 1, "data__modalities": f"[{','.join(NAMES)}]"}
 STARVED = "starve/tokens/audio/train/shard-000009.tar"  # of rank 1 alone, from the third step on
 
+SKIP = {"data__skip_broken": True}
+LOST = ["rgb/train/shard-000004.tar", "caption/train/shard-000005.tar", "rgb/train/shard-000009.tar"]  # a whole window's two
+
 
 def changes(server, root, run, **more):
     """A run's settings: an address and a cache of its own for each process, so that it can be told who fetched what."""
@@ -41,20 +44,23 @@ def trained(tmp_path_factory):
         stream.publish(origin.dataset(), NAMES)
         server, space = Server(origin.dataset().path), Workspace(root)
         server.stalls, server.heals = {STARVED}, "short/"
+        server.gone = {f"{run}/tokens/{name}" for run in ("skip_one", "skip_two") for name in LOST}
         torch.set_num_threads(1)
-        start(prepare(config(root, name="one", **changes(server, root, "one")), space), False, "cpu", lambda record: None)
+        for name in ("one", "skip_one"):
+            made = config(root, name=name, **changes(server, root, name, data__skip_broken=name == "skip_one"))
+            start(prepare(made, space), False, "cpu", lambda record: None)
         torch.set_num_threads(old)
 
-        def job(name, **more):
-            return {"name": name, "changes": changes(server, root, name), **more}
+        def job(name, more=None, **rest):
+            return {"name": name, "changes": changes(server, root, name, **more or {}), **rest}
 
         starving = ["train", root / "tiny.yaml", *settings(name="starve", **changes(server, root, "starve", data__wait=2)),
                     "--root", root, "--device", "cpu"]
         groups = [
             {"ranks": 2, "port": port(), "name": "starve", "command": [str(a) for a in starving]},
             {"ranks": 2, "port": port(), "jobs": [
-                {"name": "short", "changes": changes(server, root, "short", train__steps=3)}, job("two"),
-                job("cut", stop={"rank": 1, "step": 3}), job("cut", resume=True), job("starve", resume=True)]},
+                job("short", {"train__steps": 3}), job("two"), job("cut", stop={"rank": 1, "step": 3}), job("cut", resume=True),
+                job("starve", resume=True), job("skip_two", SKIP)]},
             {"ranks": 4, "port": port(), "jobs": [job("four")]},
         ]
         (root / "groups.json").write_text(json.dumps(groups))
@@ -136,3 +142,17 @@ def test_a_rank_that_starves_is_heard_by_all_and_the_run_goes_on_once_the_server
     assert records(runs / "starve", "train", "val") == records(runs / "two", "train", "val")
     assert keys(space, "starve", 2) == keys(space, "two", 2)
     assert np.all([STARVED not in server.stalls, STARVED in server.asked])
+
+
+def test_ranks_agree_on_what_stands_in_for_lost_shards(trained):
+    space, server = trained
+    runs, alone, shared = space.root / "runs", keys(space, "skip_one", 1), keys(space, "skip_two", 2)
+    gone = {f"train-{4 * shard + i:08d}" for shard in (4, 5, 9) for i in range(4)}
+    for step, parts in shared.items():
+        assert [k for p in parts for k in p] == alone[step][0] and not gone & set(alone[step][0])
+    close(records(runs / "skip_two", "train", "val"), records(runs / "skip_one", "train", "val"), steps=10)
+    told = records(runs / "skip_one", "skipped")
+    assert sum(r["n"] for r in told) == 24, "two epochs of 12 samples"
+    said = records(runs / "skip_two", "skipped")
+    assert [(r["step"], r["n"]) for r in said] == [(r["step"], r["n"]) for r in told]
+    assert {w.split("skip_two/tokens/")[1] for r in said for w in r["samples"]} == {f"{n}: HTTP 404 Not Found" for n in LOST}

@@ -45,6 +45,10 @@ class Refused(FetchError):
     """The server will not give the file, or gives another than the expected one: trying again will not help."""
 
 
+class DiskError(FetchError):
+    """What is wrong is wrong on this machine: a full disk, a folder without rights."""
+
+
 class _Again(Exception):
     """A transfer that broke in a way that may pass; `wait` is what the server asked for, in seconds."""
 
@@ -89,7 +93,7 @@ def download(
         return dest
     part = dest.with_name(dest.name + ".part")
     hint = hint or "check the connection and try again: the download resumes where it stopped"
-    with _disk_errors(part), _locked(part) as file, httpx.Client(
+    with disk_errors(part), _locked(part) as file, httpx.Client(
         follow_redirects=True, timeout=timeout, headers=headers, verify=_trusted()
     ) as client:
         transfer = _Transfer(client, url, file, part, sha256, progress or (lambda done, total: None), max_bytes)
@@ -233,7 +237,7 @@ class _Transfer:
             raise FetchError(f"{self.url} has {total:,} bytes, more than the limit of {self.max_bytes:,}")
         free = shutil.disk_usage(self.part.parent).free
         if total - have > free:
-            raise FetchError(
+            raise DiskError(
                 f"no room for {self.url}: {total - have:,} bytes are missing and {self.part.parent} has {free:,} free",
                 "free some space, or use a root folder on another disk",
             )
@@ -280,13 +284,14 @@ def _locked(part: Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Make DiskErrors, which name `path`, of what the system says of files."""
     try:
         yield
     except OSError as err:
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise FetchError(f"the disk is full: cannot write {path}", "free some space and try again") from err
-        raise FetchError(f"cannot write {path}: {err.strerror or err}", "check the rights of the folder") from err
+            raise DiskError(f"the disk is full: cannot write {path}", "free some space and try again") from err
+        raise DiskError(f"cannot write {path}: {err.strerror or err}", "check the rights of the folder") from err
 
 
 # -- archives ---------------------------------------------------------------------------------------------------------
@@ -311,7 +316,7 @@ def extract(
     """
     names: list[str] = []
     left = max_bytes
-    with _disk_errors(folder):
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for member, kind, stream in _members(archive):
             _check_name(archive, member)

@@ -26,7 +26,7 @@ import numpy as np
 from filelock import FileLock
 
 from nano4m_cli.data._atomic import atomic_folder, write_json
-from nano4m_cli.data.download import digest, unsafe
+from nano4m_cli.data.download import DiskError, digest, disk_errors, unsafe
 from nano4m_cli.data.shard_cache import RemoteFile, ShardCache, check_scheme, fetch_file
 from nano4m_cli.data.shards import Shard, ShardIndex, Split, index_path, read_beside, shard_paths
 from nano4m_cli.data.workspace import DatasetFolder, Workspace
@@ -34,6 +34,7 @@ from nano4m_cli.errors import DataError, FetchError, Nano4MError, ShardError
 
 MANIFEST, REMOTE, FORMAT = "manifest.json", "remote.json", 1
 AT_ONCE = 4  # transfers of one process
+KEPT = 16  # shards of a modality that a process keeps mapped at least
 ASK_AGAIN = 60.0  # seconds after which a shard that is due soon is looked for again: it may have been thrown out
 
 
@@ -71,8 +72,9 @@ def open_remote(url: str, workspace: Workspace, name: str | None = None) -> Data
     url = url.rstrip("/")
     check_scheme(url)
     cache = workspace.cache / "stream"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "open.lock"):
+    with disk_errors(cache), contextlib.ExitStack() as stack:
+        cache.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(FileLock(cache / "open.lock"))
         for known in workspace.datasets():
             remote = read_remote(known)
             if remote is not None and remote["url"] == url and name in (None, known.name):
@@ -169,6 +171,17 @@ class RemoteSplit(Split):
         Raises:
             DataError: names the first that did not come.
         """
+        for error in self.missed(wanted, check).values():
+            raise error
+        return {s: self._maps[s] for s in wanted}
+
+    def missed(self, wanted: Sequence[int], check: Callable[[int, np.ndarray], None]) -> dict[int, DataError]:
+        """Map shards as `open` does; return what is wrong with those that cannot be had.
+
+        Raises:
+            DataError: what is wrong is wrong here, such as a full disk.
+        """
+        found: dict[int, DataError] = {}
         missing = [s for s in wanted if s not in self._maps]
         for s, done in [(s, self._threads("due").submit(self.cache.get, self.shards[s].file)) for s in missing]:
             try:
@@ -176,12 +189,16 @@ class RemoteSplit(Split):
                 self._maps[s] = self._map(s)
                 check(s, np.frombuffer(self._maps[s], dtype=np.uint8))
             except Nano4MError as err:
-                raise DataError(f"no data: {err.message}", err.hint) from err
+                self._maps.pop(s, None)
+                found[s] = DataError(f"no data: {err.message}", err.hint)
+                if isinstance(err, DiskError):
+                    raise found[s] from err
         for s in wanted:
-            self._maps.move_to_end(s)
-        while len(self._maps) > max(16, 2 * len(wanted)):
+            if s in self._maps:
+                self._maps.move_to_end(s)
+        while len(self._maps) > max(KEPT, 2 * len(wanted)):
             self._maps.popitem(last=False)
-        return {s: self._maps[s] for s in wanted}
+        return found
 
     def _result(self, s: int, done: Future[Path]) -> None:
         try:
@@ -194,7 +211,7 @@ class RemoteSplit(Split):
         for _ in range(5):  # another process may have made room in between
             with contextlib.suppress(FileNotFoundError), open(self.cache.get(self.shards[s].file), "rb") as file:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        raise FetchError(f"{self.shards[s].path} is thrown out of the cache as soon as it is there", "raise data.cache_gb")
+        raise DiskError(f"{self.shards[s].path} is thrown out of the cache as soon as it is there", "raise data.cache_gb")
 
     def soon(self, wanted: Sequence[int]) -> None:
         """Fetch shards that will be read next; what goes wrong is told when they are."""
@@ -219,3 +236,4 @@ def cache_of(dataset: DatasetFolder, folder: str | None = None, gigabytes: float
     """Return the cache of a remote data set's shards: in the workspace, or in a folder such as $TMPDIR/nano4m."""
     path = Path(os.path.expandvars(folder)).expanduser() if folder else dataset.path.parent / ".cache" / "stream"
     return ShardCache(path, int(gigabytes * 1e9), wait)
+

@@ -46,7 +46,8 @@ class Task(Protocol):
 
     A task may also have a `critic` (a module, or None) and `critic_loss()`: the critic's own loss on what the last `loss`
     made, or None while it waits. The critic has optimizers of its own, of the same settings, and is in every checkpoint.
-    `apart`: whether each rank waits for data that the others do not need.
+    `apart`: whether each rank waits for data that the others do not need. `settle(parts)`: the step's parts once ranks have
+    told each other of them. `restore(state)`: takes over what `state()` told a checkpoint.
     """
 
     model: nn.Module
@@ -69,8 +70,9 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What the loop calls back with. kind: "train", "val", "checkpoint", "done"; "stall" and "late", whose note is a line to be
-    shown, of a step that took long or is taking long (the latter by another thread, and on the rank that it is about)."""
+    """What the loop calls back with. kind: "train", "val", "checkpoint", "done". Some have a note, a line to be shown: "skipped",
+    of data that others stand in for; "stall" and "late", of a step that took long or is taking long (the latter by another
+    thread, and on the rank that it is about)."""
 
     kind: str
     step: int
@@ -144,6 +146,8 @@ class Trainer:
         with dist.together():
             point = checkpoint.Reader(self.run / "checkpoints" / newest)
             self._restore(point)
+        if hasattr(self.task, "restore"):
+            self.task.restore(point.state)
         self.step = self._written = point.state["step"]
         self._window = point.state.get("window", [])
         self._val_loss = point.state.get("val_loss")
@@ -264,6 +268,8 @@ class Trainer:
             skipped = [why for p in parts for why in getattr(p, "skipped", ())]
             if skipped:
                 self._write("skipped", {"n": len(skipped), "samples": skipped})
+            for note in (note for p in parts for note in getattr(p, "notes", ())):
+                self.callback(StepRecord("skipped", self.step, self.c.steps, {}, f"warning: step {self.step + 1}: {note}"))
             yield parts
 
     def _fed(self, feed: Feed) -> list[Any] | None:
@@ -286,7 +292,8 @@ class Trainer:
                         raise error
         if error is not None:
             raise error
-        return parts
+        settle = getattr(self.task, "settle", None)
+        return parts if parts is None or settle is None else settle(parts)
 
     def _end_step(self) -> None:
         if self.keys is not None:
