@@ -45,16 +45,24 @@ def log(here, job, template="train"):
     return path.read_text() if path.is_file() else ""
 
 
-def local(here, *args, ranks=1):
+def begin(here, *args, ranks=1):
     """Run nano4m without SLURM, in one process or under torchrun."""
     command = [sys.executable, "-m", "nano4m_cli"]
     if ranks > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "nano4m_cli"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS.parent.parent), "GLOO_SOCKET_IFNAME": "lo"}
     env.pop("NANO4M_ROOT", None)
-    done = subprocess.run([*command, *map(str, args)], cwd=here, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*command, *map(str, args)], cwd=here, env=env, **pipes)
+
+
+def local(here, *args):
+    finish(begin(here, *args))
+
+
+def finish(process):
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said[-3000:]
 
 
 def keys(here, run):
@@ -164,6 +172,8 @@ def test_one_run_survives_what_a_cluster_does_to_it(cluster, here, tmp_path_fact
         return "signal USR1" in said()
 
     pids = []
+    wait_for("training, or the time limit's signal", lambda: limit() or pids)
+    whole = begin(here, "train", *asked, "name=whole", ranks=3)
     wait_for("the time limit's signal", limit)
     send(pids, signal.SIGCONT)
     cluster.call("scontrol", "update", f"jobid={job}", "timelimit=30")
@@ -210,7 +220,7 @@ def test_one_run_survives_what_a_cluster_does_to_it(cluster, here, tmp_path_fact
     cluster.script("up")
     other = cluster.sbatch(fewer, "train", *asked, "name=hurt", options=TWO)
     send(ranks_of(cluster, job), signal.SIGCONT)
-    local(here, "train", *asked, "name=whole", ranks=3)
+    finish(whole)
     assert cluster.wait(job) == cluster.wait(other) == ["COMPLETED"], said()[-4000:]
     assert cluster.job(job)["Restarts"] == "6" and said().rstrip().endswith("done: run 'hurt', step-00000300")
     assert weights(folder) == weights(here / "runs" / "whole")
