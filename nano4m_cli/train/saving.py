@@ -134,7 +134,7 @@ class Saver:
                 known = f"{part}/{file.name}"
                 # What all ranks hold is the first one's; a rank may hold no row of a small tensor.
                 mine = {name: p for name, p in named.items() if p.count or (p.count is None and rank == 0)}
-                offsets = {name: {"saved_offsets": [p.first] + [0] * (len(p.shape) - 1) if p.shape else []} for name, p in mine.items()}
+                offsets = {name: {"saved_offsets": [p.first, *[0] * len(p.shape)][: len(p.shape)]} for name, p in mine.items()}
                 file.parent.mkdir(exist_ok=True)
                 note["sha256"][known] = checkpoint.write_tensors(
                     file, {name: p.tensor for name, p in mine.items()}, {"DCP_SHARDING_INFO": json.dumps(offsets)}
