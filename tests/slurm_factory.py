@@ -1,4 +1,4 @@
-"""A SLURM cluster of two nodes for the tests, by scripts/slurm/one_machine_cluster.sh, with every fault it offers switched on."""
+"""A SLURM cluster of three nodes for the tests, by scripts/slurm/one_machine_cluster.sh, with every fault it offers switched on."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def wait_for(what, condition, seconds=90.0):
 
 
 class Cluster:
-    """Two nodes, and what a user types on them in folder `here`."""
+    """Three nodes, and what a user types on them in folder `here`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        cluster = {"FOLDER": folder, "NAME": "nt", "NET": "10.93", "LOOPBACK_NAMES": 1, "TWO_CARDS": 1, "INSTALL": 1}
+        cluster = {"FOLDER": folder, "NAME": "nt", "NET": "10.93", "NODES": 3, "LOOPBACK_NAMES": 1, "TWO_CARDS": 1, "INSTALL": 1}
         drop = ("SLURM", "SBATCH", "NANO4M", "OMP_NUM_THREADS")
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(drop)} | {
             **{k: str(v) for k, v in cluster.items()}, "SLURM_CONF": str(folder / "slurm.conf"),
             "NANO4M_PYTHON": sys.executable, "NANO4M_RESEND": "2", "NO_COLOR": "1",
         }
 
-    def script(self, *args):
-        return self.call(SCRIPTS / "one_machine_cluster.sh", *args)
+    def script(self, *args, **env):
+        return self.call(SCRIPTS / "one_machine_cluster.sh", *args, **{k: str(v) for k, v in env.items()})
 
     def call(self, *args, here=None, **env):
         done = subprocess.run([str(a) for a in args], cwd=here, env=self.env | env, capture_output=True, text=True, timeout=300)

@@ -14,11 +14,13 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from dist_worker import PLACE
 from safetensors.torch import load_file
 from test_cli import ENV, run
@@ -123,9 +125,9 @@ def said(space, name, number, ranks):
     return [json.loads((space.root / "said" / f"{name}.{number}.rank-{r}.json").read_text()) for r in range(ranks)]
 
 
-def close(a, b, tolerance=2e-4):
+def close(a, b, tolerance=2e-4, steps=8):
     """Compare two runs' records: the same steps and figures, equal to rounding."""
-    assert [(r["kind"], r["step"]) for r in a] == [(r["kind"], r["step"]) for r in b] and len(a) == 8
+    assert [(r["kind"], r["step"]) for r in a] == [(r["kind"], r["step"]) for r in b] and len(a) == steps
     for x, y in zip(a, b, strict=True):
         assert x.keys() == y.keys()
         for key in x.keys() - {"kind"}:
@@ -249,19 +251,32 @@ def test_a_checkpoint_is_read_by_any_number_of_ranks(trained):
 def test_shards_are_safetensors_that_make_up_the_model(trained):
     runs = trained.root / "runs"
     folder = checkpoint.latest(runs / "shards")
-    files = sorted(p.name for p in folder.iterdir())
-    assert files == sorted(["state.json", *(f"{part}.rank-{r:05d}-of-00002.safetensors" for r in range(2)
+    files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    assert files == sorted(["state.json", *(f"{part}/rank-{r:05d}-of-00002.safetensors" for r in range(2)
                                             for part in ("model", "ema", "optimizer"))])
     whole = checkpoint.load(checkpoint.latest(runs / "two")).tensors
     put = checkpoint.load(folder).tensors
     assert {p: {k: t.shape for k, t in part.items()} for p, part in put.items()} == {
         p: {k: t.shape for k, t in part.items()} for p, part in whole.items()
     }
-    pieces = [load_file(folder / f"model.rank-{r:05d}-of-00002.safetensors") for r in range(2)]
+    pieces = [load_file(folder / f"model/rank-{r:05d}-of-00002.safetensors") for r in range(2)]
     for name, tensor in put["model"].items():
         assert torch.equal(torch.cat([p[name] for p in pieces if name in p]), tensor)
         assert torch.allclose(tensor, whole["model"][name], atol=2e-4), name
     assert all(len(p) > 10 for p in pieces)
+
+
+def test_torch_s_own_checkpoint_reader_reads_the_shards(trained):
+    """torch.distributed.checkpoint knows nothing of us: it finds shapes and offsets in the files' headers."""
+    folder = checkpoint.latest(trained.root / "runs" / "shards")
+    for part, tensors in checkpoint.load(folder).tensors.items():
+        got = {k: torch.full_like(t, torch.nan) if t.is_floating_point() else torch.zeros_like(t) for k, t in tensors.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is but one process
+            dcp.load(got, storage_reader=dcp.HuggingFaceStorageReader(str(folder / part)), no_dist=True)
+        assert len(got) > 5
+        for name, tensor in tensors.items():
+            assert torch.equal(got[name], tensor), (part, name)
 
 
 def test_a_run_in_shards_is_used_like_any_other(trained):
@@ -277,12 +292,10 @@ def test_a_run_in_shards_is_used_like_any_other(trained):
 def test_a_damaged_shard_is_told(trained, tmp_path):
     folder = checkpoint.latest(trained.root / "runs" / "shards")
     there = tmp_path / "checkpoints" / folder.name
-    there.mkdir(parents=True)
-    for file in folder.iterdir():
-        (there / file.name).write_bytes(file.read_bytes())
-    bad = there / "model.rank-00001-of-00002.safetensors"
+    shutil.copytree(folder, there)
+    bad = there / "model" / "rank-00001-of-00002.safetensors"
     bad.write_bytes(bad.read_bytes()[:-4] + b"\0\1\2\3")
-    with pytest.raises(checkpoint.CheckpointError, match="model.rank-00001-of-00002.safetensors is not what was written"):
+    with pytest.raises(checkpoint.CheckpointError, match="model/rank-00001-of-00002.safetensors is not what was written"):
         checkpoint.load(there)
 
 

@@ -121,8 +121,8 @@ def test_a_bug_in_the_writing_thread_is_not_lost(space, monkeypatch):
 def test_shards_that_were_not_all_written_are_swept(space):
     folder = train(space)
     half = folder / "checkpoints" / ".step-00000009.shards.part"
-    half.mkdir()
-    (half / "model.rank-00000-of-00002.safetensors").write_bytes(b"x" * 100)
+    (half / "model").mkdir(parents=True)
+    (half / "model" / "rank-00000-of-00002.safetensors").write_bytes(b"x" * 100)
     train(space, resume=True)
     assert not half.exists() and steps(folder) == [3, 6]
 

@@ -1,5 +1,6 @@
-"""The templates on a real cluster of two nodes, whose names are 127.0.1.1 to themselves and which have two network cards."""
+"""The templates on a real cluster of three nodes, whose names are 127.0.1.1 to themselves and which have two network cards."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,11 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from slurm_factory import SCRIPTS, cluster, wait_for  # noqa: F401
 from workspace_factory import by_hand, copied, linked, records, weights  # noqa: F401
+
+from nano4m_cli.data.workspace import Workspace
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 CONFIG = """\
@@ -41,30 +45,60 @@ def log(here, job, template="train"):
     return path.read_text() if path.is_file() else ""
 
 
-def local(here, *args, ranks=1):
+def begin(here, *args, ranks=1):
     """Run nano4m without SLURM, in one process or under torchrun."""
     command = [sys.executable, "-m", "nano4m_cli"]
     if ranks > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "nano4m_cli"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS.parent.parent), "GLOO_SOCKET_IFNAME": "lo"}
     env.pop("NANO4M_ROOT", None)
-    done = subprocess.run([*command, *map(str, args)], cwd=here, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*command, *map(str, args)], cwd=here, env=env, **pipes)
 
 
-def test_two_nodes_train_as_one_process(cluster, here):  # noqa: F811
-    job = cluster.sbatch(here, "train", "tiny.yaml", "name=two", options=TWO)
-    local(here, "train", "tiny.yaml", "name=one")
-    assert cluster.wait(job) == ["COMPLETED"], log(here, job)
-    said = log(here, job)
+def local(here, *args):
+    finish(begin(here, *args))
+
+
+def finish(process):
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said[-3000:]
+
+
+def keys(here, run):
+    """Return {step: [keys of rank 0, ...]}."""
+    out = {}
+    for path in sorted((here / "runs" / run / "keys").iterdir()):
+        for line in path.read_text().splitlines():
+            note = json.loads(line)
+            out.setdefault(note["step"], []).append(note["keys"])
+    return out
+
+
+def test_nodes_train_as_one_process(cluster, here):  # noqa: F811
+    """Two nodes and three: the same losses, and each step's samples are shared out without overlap or omission."""
+    asked = ["tiny.yaml", "train.batch=12", "train.log_keys=true"]
+    jobs = {n: cluster.sbatch(here, "train", *asked, f"name=on{n}", options=(f"--nodes={n}",)) for n in (2, 3)}
+    local(here, "train", *asked, "name=on1")
+    for job in jobs.values():
+        assert cluster.wait(job) == ["COMPLETED"], log(here, job)
+    said = log(here, jobs[2])
     assert "on 2 node(s) worker1 worker2 with 1 process(es) each, at 10.93.0.11:" in said
     assert "worker2 is node 1 of 2, at 10.93.0.12 by eth0" in said
-    one, two = records(here / "runs" / "one", "train"), records(here / "runs" / "two", "train")
-    assert [r["step"] for r in two] == list(range(1, 41))
-    for a, b in zip(one, two, strict=True):
-        for name in ("loss", "grad_norm"):
-            assert a[name] == pytest.approx(b[name], rel=2e-4), (a, b)
+    assert "worker3 is node 2 of 3, at 10.93.0.13 by eth0" in log(here, jobs[3])
+    one, alone = records(here / "runs" / "on1", "train"), keys(here, "on1")
+    assert all(len({k for s in range(at, at + 4) for k in alone[s][0]}) == 48 for at in range(1, 41, 4)), "an epoch is four steps"
+    for n in jobs:
+        many = records(here / "runs" / f"on{n}", "train")
+        assert [r["step"] for r in many] == list(range(1, 41))
+        for a, b in zip(one, many, strict=True):
+            for name in ("loss", "grad_norm"):
+                assert a[name] == pytest.approx(b[name], rel=2e-4), (a, b)
+        shared = keys(here, f"on{n}")
+        assert sorted(shared) == list(range(1, 41))
+        for step, parts in shared.items():
+            assert [len(p) for p in parts] == [12 // n] * n
+            assert sorted(k for p in parts for k in p) == sorted(alone[step][0])
 
 
 def test_two_nodes_evaluate_as_one_process(cluster, here):  # noqa: F811
@@ -93,7 +127,7 @@ def first_child(pid):
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
 
 
-def ranks_of(cluster, job, ranks=2):  # noqa: F811
+def ranks_of(cluster, job, ranks=3):  # noqa: F811
     """Return the numbers of the training processes of a job, by rank, once each has shown that it trains."""
     found = [cluster.processes(SLURM_JOB_ID=job, RANK=r) for r in range(ranks)]
     return [min(f) for f in found] if all(found) else None
@@ -106,57 +140,118 @@ def progress(here, job, run, start):
     return int(steps[-1]) if steps else None
 
 
-def test_one_run_survives_limit_preemption_and_kills(cluster, here):  # noqa: F811
-    """Time limit, preemption, a rank killed, a slurmd killed: the weights are those of a run that nothing happened to."""
-    asked = ["tiny.yaml", "train.steps=300", "train.checkpoint_every=40"]
-    job = cluster.sbatch(here, "train", *asked, "name=hurt", options=(*TWO, "--time=1", "--signal=B:USR1@40"))
+def send(pids, signum):
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)
+
+
+@contextlib.contextmanager
+def held(pid):
+    """Keep a process from doing anything, whatever wakes it."""
+    over = threading.Event()
+
+    def hold():
+        while not over.wait(0.001):
+            send([pid], signal.SIGSTOP)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_one_run_survives_what_a_cluster_does_to_it(cluster, here, tmp_path_factory):  # noqa: F811
+    """Three nodes: time limit, preemption in three ways, a slurmd killed, a rank killed, a node lost. Each costs one start, and the
+    weights are those of a run that nothing happened to, bit for bit; two nodes that go on from its middle see the same samples.
+    """
+    asked = ["tiny.yaml", "train.batch=12", "train.steps=300", "train.checkpoint_every=40", "train.log_keys=true"]
+    three = ("--nodes=3", "--time=1", "--signal=B:USR1@40")
+    job = cluster.sbatch(here, "train", *asked, "name=hurt", options=three)
+    folder = here / "runs" / "hurt"
+    said = lambda: log(here, job)  # noqa: E731
+
+    def saved():
+        return sorted(p.name for p in (folder / "checkpoints").glob("step-*"))
 
     def trains(start):
-        wait_for(f"start {start}\n{log(here, job)[-3000:]}", lambda: progress(here, job, "hurt", start))
+        wait_for(f"start {start}\n{said()[-3000:]}", lambda: progress(here, job, "hurt", start))
+        assert cluster.job(job)["Restarts"] == str(start), said()
         pids = ranks_of(cluster, job)
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)  # so that it does not end before something happened to it
+        send(pids, signal.SIGSTOP)  # so that it does not end before something happened to it
         return pids
 
-    def go_on(pids):
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+    def preempt():
+        return cluster.call("sbatch", "--parsable", "-purgent", "-N3", "--exclusive", "--output=/dev/null", "--wrap=:", here=here)
 
-    # The limit's own signal, which may come before training begins.
-    def limit():
+    def limit():  # its signal may come before training begins
         if not pids and progress(here, job, "hurt", 0):
             pids.extend(ranks_of(cluster, job) or [])
-            for pid in pids:
-                os.kill(pid, signal.SIGSTOP)
-        return "signal USR1" in log(here, job)
+            send(pids, signal.SIGSTOP)
+        return "signal USR1" in said()
 
     pids = []
+    wait_for("training, or the time limit's signal", lambda: limit() or pids)
+    whole = begin(here, "train", *asked, "name=whole", ranks=3)
     wait_for("the time limit's signal", limit)
-    go_on(pids)
+    send(pids, signal.SIGCONT)
     cluster.call("scontrol", "update", f"jobid={job}", "timelimit=30")
+
     pids = trains(1)
-    assert "back into the queue (start 1 to come)" in log(here, job)
-    urgent = cluster.call("sbatch", "--parsable", "-purgent", "-N2", "--exclusive", "--output=/dev/null", "--wrap=:", here=here)
-    wait_for("the signal of preemption", lambda: log(here, job).count("signal USR1") == 2)
-    go_on(pids)
+    assert "back into the queue (start 1 to come)" in said()
+    urgent = [preempt()]
+    wait_for("the signal of preemption", lambda: said().count("signal USR1") == 2)
+    send(pids, signal.SIGCONT)
+
     pids = trains(2)
-    assert cluster.wait(urgent) == ["COMPLETED"]
-    saved = {p.name for p in (here / "runs" / "hurt" / "checkpoints").iterdir()}
+    cluster.script("up", PREEMPT_SIGNAL=0)  # the steps get TERM, the batch shell nothing
+    stops = said().count("checkpoint saved; go on with --resume")
+    urgent.append(preempt())
+    wait_for("TERM", lambda: "STEP" in said().rpartition(" start 2: ")[2])
+    send(pids, signal.SIGCONT)
+    cluster.script("up", PREEMPT_SIGNAL=0, GRACE=0, KILL_WAIT=1)
+
+    pids = trains(3)
+    assert said().count("checkpoint saved; go on with --resume") == stops + 1 and said().count("signal USR1") == 2
+    before = saved()
+    with held(pids[2]):  # no time to save
+        urgent.append(preempt())
+        pids = trains(4)
+    assert saved() == before and f"start 4: run 'hurt' ({before[-1]})" in said()
+    assert [cluster.wait(u) for u in urgent] == [["COMPLETED"]] * 3 and "done:" not in said()
+
     daemon = (cluster.folder / "pid" / "slurmd-worker2.own").read_text().strip()  # its number among the node's processes
     inside = (cluster.folder / "pid" / "worker2").read_text().split()[0]
     cluster.call("nsenter", "--target", first_child(inside), "--pid", "--mount", "kill", "-KILL", daemon)  # nothing comes of it
-    go_on(pids)
-    wait_for("another checkpoint", lambda: {p.name for p in (here / "runs" / "hurt" / "checkpoints").glob("step-*")} - saved)
-    if (pids := ranks_of(cluster, job)) is not None:
-        os.kill(pids[1], signal.SIGKILL)
-    assert cluster.wait(job) == ["COMPLETED"], log(here, job)[-4000:]
-    said = log(here, job)
-    assert int(cluster.job(job)["Restarts"]) == 3, said
-    assert "failed (exit code" in said and said.rstrip().endswith("done: run 'hurt', step-00000300")
-    local(here, "train", *asked, "name=whole", ranks=2)
-    assert weights(here / "runs" / "hurt") == weights(here / "runs" / "whole")
-    hurt, whole = (records(here / "runs" / name, "train") for name in ("hurt", "whole"))
-    assert hurt == whole
+    send(pids, signal.SIGCONT)
+    wait_for("another checkpoint", lambda: saved()[-1] != before[-1])
+    send(pids[1:2], signal.SIGKILL)
+
+    pids = trains(5)
+    assert "failed (exit code" in said()
+    fewer = linked(Workspace(here), tmp_path_factory.mktemp("fewer")).root
+    shutil.copy(here / "tiny.yaml", fewer)
+    shutil.copytree(folder, fewer / "runs" / "hurt")
+    middle = int(saved()[-1].removeprefix("step-"))
+    cluster.script("lose", "worker3")
+    cluster.script("up", KILL_WAIT=1)
+    trains(6)
+    cluster.script("up")
+    other = cluster.sbatch(fewer, "train", *asked, "name=hurt", options=TWO)
+    send(ranks_of(cluster, job), signal.SIGCONT)
+    finish(whole)
+    assert cluster.wait(job) == cluster.wait(other) == ["COMPLETED"], said()[-4000:]
+    assert cluster.job(job)["Restarts"] == "6" and said().rstrip().endswith("done: run 'hurt', step-00000300")
+    assert weights(folder) == weights(here / "runs" / "whole")
+    assert records(folder, "train") == records(here / "runs" / "whole", "train")
+    whole, went_on = keys(here, "whole"), keys(fewer, "hurt")
+    assert keys(here, "hurt") == whole and sorted(whole) == sorted(went_on) == list(range(1, 301))
+    for step, parts in went_on.items():
+        assert len(parts) == (3 if step <= middle else 2)
+        assert sorted(k for p in parts for k in p) == sorted(k for p in whole[step] for k in p)
 
 
 def test_a_bad_config_fails_once_and_says_why(cluster, here):  # noqa: F811

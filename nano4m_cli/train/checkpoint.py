@@ -1,9 +1,10 @@
 """Checkpoints are data: safetensors and JSON in one folder, written aside, synced, renamed; hashes checked on load.
 
 Weights lie whole in <part>.safetensors ("model", "ema", "optimizer", "critic"); or, where processes share a model out, as
-pieces of rows in <part>.rank-00000-of-00002.safetensors, with every tensor's shape and pieces in state.json. Both are read
-the same way, whole or some rows of a tensor, by any number of processes. (torch.distributed.checkpoint would do as much, but
-its metadata is a pickle.)
+pieces of rows in <part>/rank-00000-of-00002.safetensors, with every tensor's shape and pieces in state.json. Both are read
+the same way, whole or some rows of a tensor, by any number of processes. A part's folder is also what
+torch.distributed.checkpoint reads by its HuggingFaceStorageReader (the offsets stand in each file's header). It does not write
+them here: its own format has a pickle for metadata, and its safetensors writer keeps no hashes.
 """
 
 from __future__ import annotations
@@ -110,10 +111,10 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dic
     return path
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor]) -> str:
-    """Write tensors; return the file's sha256."""
+def write_tensors(file: Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> str:
+    """Write tensors, and `about` in the file's header; return the file's sha256."""
     try:
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, file)
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, file, about)
     except Exception as err:  # safetensors raises its own type when the disk is full
         if isinstance(err, OSError):
             raise

@@ -130,17 +130,19 @@ class Saver:
         note: dict[str, Any] = {"sha256": {}, "shards": {}}
         try:
             for part, named in pieces.items():
-                file = aside / f"{part}.rank-{rank:05d}-of-{ranks:05d}.safetensors"
-                mine, about = {}, {}
-                for name, p in named.items():
-                    if p.count is None and rank:
-                        continue  # the same on all ranks: the first one's
-                    mine[name] = p.tensor
-                    about[name] = {"shape": list(p.shape), "piece": [file.name, p.first, p.count]}
-                note["sha256"][file.name] = checkpoint.write_tensors(file, mine)
-                note["shards"][part] = about
+                file = aside / part / f"rank-{rank:05d}-of-{ranks:05d}.safetensors"
+                known = f"{part}/{file.name}"
+                # What all ranks hold is the first one's; a rank may hold no row of a small tensor.
+                mine = {name: p for name, p in named.items() if p.count or (p.count is None and rank == 0)}
+                offsets = {name: {"saved_offsets": [p.first, *[0] * len(p.shape)][: len(p.shape)]} for name, p in mine.items()}
+                file.parent.mkdir(exist_ok=True)
+                note["sha256"][known] = checkpoint.write_tensors(
+                    file, {name: p.tensor for name, p in mine.items()}, {"DCP_SHARDING_INFO": json.dumps(offsets)}
+                )
+                note["shards"][part] = {n: {"shape": list(p.shape), "piece": [known, p.first, p.count]} for n, p in mine.items()}
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
+                sync_folder(file.parent)
             told = _told(aside, rank)
             told.with_suffix(".part").write_text(json.dumps(note))
             os.replace(told.with_suffix(".part"), told)
@@ -176,8 +178,7 @@ class Saver:
             for part, about in note["shards"].items():
                 for name, entry in about.items():
                     whole = shards.setdefault(part, {}).setdefault(name, {"shape": entry["shape"], "pieces": []})
-                    if entry["piece"][2] != 0:
-                        whole["pieces"].append(entry["piece"])
+                    whole["pieces"].append(entry["piece"])
         checkpoint.write_state(aside, step, hashes, {**state, "shards": shards})
         with open(aside / "state.json", "rb") as handle:
             os.fsync(handle.fileno())

@@ -156,8 +156,12 @@ class KeyLog:
     def __init__(self, run: Path, step: int):
         self.path = run / "keys" / f"rank-{dist.rank():05d}.jsonl"
         self.path.parent.mkdir(exist_ok=True)
-        lines = self.path.read_text().splitlines() if step and self.path.is_file() else []
-        self.path.write_text("".join(line + "\n" for line in lines if _step(line) <= step))
+        self.path.touch()
+        # What was seen after the checkpoint will be seen again; ranks that are no more left such lines as well.
+        gone = sorted(self.path.parent.glob("rank-*.jsonl"))[dist.ranks() :] if dist.rank() == 0 else []
+        for path in (self.path, *(p for p in gone if p.name >= f"rank-{dist.ranks():05d}")):
+            lines = path.read_text().splitlines() if step else []
+            path.write_text("".join(line + "\n" for line in lines if _step(line) <= step))
 
     def write(self, step: int, keys: list[str]) -> None:
         with open(self.path, "a") as file:

@@ -8,6 +8,7 @@
 set -u
 trap '' USR1 TERM
 mkdir -p "$NANO4M_FLAGS" 2>/dev/null
+repeating=
 
 if [ "$1" = --torchrun ]; then
   shift
@@ -36,7 +37,17 @@ s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect((sys.argv[1], 9)
   set -- "$NANO4M_PYTHON" -m torch.distributed.run "${arguments[@]}" -m -- "$@"
   "$@" &
   child=$!
-  trap : USR1 TERM # wakes `wait`; the workers see to it
+  # The workers see to it, once they listen; of TERM (a preemption) the batch shell may not know, which repeats what it hears.
+  repeat() {
+    [ -z "$repeating" ] && [ "$SLURM_NODEID" = 0 ] || return
+    ( trap '' USR1 TERM
+      while sleep "${NANO4M_RESEND:-10}" && kill -0 "$child"; do
+        timeout 4 scancel --quiet --signal=USR1 "$SLURM_JOB_ID.$SLURM_STEP_ID"
+      done ) >/dev/null 2>&1 &
+    repeating=$!
+  }
+  trap : USR1
+  trap repeat TERM
 else
   set -m  # a process group of its own: workers of the command are ended with it
   (trap - TERM; exec "$@") &
@@ -47,4 +58,6 @@ while :; do
   wait "$child"
   kill -0 "$child" 2>/dev/null || break
 done
-wait "$child" 2>/dev/null
+wait "$child" 2>/dev/null; rc=$?
+[ -z "$repeating" ] || kill -KILL "$repeating"
+exit "$rc"

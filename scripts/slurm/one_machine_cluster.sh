@@ -10,13 +10,15 @@
 # is a slurmd with a name, network address, process table and /etc/hosts of its own, so that rendezvous, signals, requeue,
 # preemption and lost nodes are real; processors, memory and GPUs are what NODES, CPUS, GPUS pretend, and no limit is enforced.
 # Everything lies in FOLDER (default /var/tmp/nano4m-cluster); /etc is not touched, and `down` leaves nothing behind.
-# Partitions: main (preempted jobs are requeued after 20 s) and urgent (preempts main).
+# Partitions: main (preempted jobs are requeued after 20 s) and urgent (preempts main). GRACE=0: they are requeued at once;
+# PREEMPT_SIGNAL=0: the steps get TERM, as on most clusters, not the job its own signal. KILL_WAIT=15: seconds from TERM to KILL.
+# `up` on a cluster that is up brings back what was lost and takes over these settings.
 # Faults: LOOPBACK_NAMES=1 (a node's own name is 127.0.1.1 there, as on a fresh Debian), TWO_CARDS=1 (a second network).
 # A second cluster beside this one: another FOLDER, NAME (two letters) and NET (such as 10.95).
 set -euo pipefail
 folder=${FOLDER:-/var/tmp/nano4m-cluster}
 nodes=${NODES:-2} cpus=${CPUS:-16} gpus=${GPUS:-0} net=${NET:-10.91}.0 net2=${NET:-10.91}.1
-loopback=${LOOPBACK_NAMES:-0} two=${TWO_CARDS:-0}
+loopback=${LOOPBACK_NAMES:-0} two=${TWO_CARDS:-0} grace=${GRACE:-20} preempt_signal=${PREEMPT_SIGNAL:-1} kill_wait=${KILL_WAIT:-15}
 pre=${NAME:-nm} # of namespaces and network devices
 export SLURM_CONF=$folder/slurm.conf
 packages=(slurmctld slurmd slurm-client munge iproute2)
@@ -88,19 +90,19 @@ SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
 ReturnToService=2
 SlurmdTimeout=15
 SlurmctldTimeout=30
-KillWait=15
+KillWait=$kill_wait
 MinJobAge=3600
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SlurmctldParameters=preempt_send_user_signal
 AccountingStorageType=accounting_storage/none
 CONF
+    [ "$preempt_signal" = 0 ] || echo SlurmctldParameters=preempt_send_user_signal
     [ "$gpus" = 0 ] || echo GresTypes=gpu
     for i in $(seq "$nodes"); do
       echo "NodeName=worker$i NodeHostname=worker$i NodeAddr=$net.$((10 + i)) CPUs=$cpus Boards=1 SocketsPerBoard=1 CoresPerSocket=$cpus ThreadsPerCore=1 RealMemory=64000$([ "$gpus" = 0 ] || echo " Gres=gpu:$gpus")"
     done
-    echo "PartitionName=main Nodes=ALL Default=YES DefaultTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 State=UP"
+    echo "PartitionName=main Nodes=ALL Default=YES DefaultTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime=$grace State=UP"
     echo "PartitionName=urgent Nodes=ALL DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP"
   } >"$folder/slurm.conf"
   : >"$folder/gres.conf"
@@ -122,7 +124,7 @@ space() {
   [ "$two" = 0 ] || [ "$1" = control ] || card "$name" eth1 "${pre}x$1" ${pre}-bridge2 "$net2.$2"
 }
 card() { # card NAMESPACE NAME OUTSIDE BRIDGE ADDRESS
-  ip -n "$1" link show "$2" >/dev/null 2>&1 && return
+  if ip -n "$1" link show "$2" >/dev/null 2>&1; then ip -n "$1" link set "$2" up; return; fi
   ip link add "$3" type veth peer name "$2" netns "$1"
   ip link set "$3" master "$4" up
   ip -n "$1" addr add "$5/24" dev "$2"
@@ -163,6 +165,8 @@ up() {
   install_packages
   mkdir -p "$folder"/{state,log,spool,pid,munge}
   chmod 755 "$folder"
+  local before
+  before=$(cat "$folder/slurm.conf" 2>/dev/null || true)
   write_config
   for i in $(seq "$nodes"); do mkdir -p "$folder/spool/worker$i"; done
   if ! running munged; then
@@ -180,7 +184,11 @@ up() {
   bridge $pre-bridge $net
   [ "$two" = 0 ] || bridge ${pre}-bridge2 $net2
   space control 2
-  running control || daemon control once slurmctld -D
+  if ! running control; then
+    daemon control once slurmctld -D
+  elif [ "$before" != "$(cat "$folder/slurm.conf")" ]; then
+    timeout 20 scontrol reconfigure || fail "the controller does not take the new settings" "down, then up"
+  fi
   local i
   for i in $(seq "$nodes"); do
     space "worker$i" $((10 + i))
@@ -205,6 +213,13 @@ down() {
   rm -rf "$folder"
 }
 
+lose() {
+  as_root lose
+  local card
+  for card in eth0 eth1; do ip -n "$pre-$1" link set "$card" down 2>/dev/null || true; done # else its kernel says farewell
+  end "$1" KILL
+}
+
 status() { timeout 5 sinfo -N -o '%N %P %T %c %G'; }
 
 case ${1:-} in
@@ -212,6 +227,6 @@ case ${1:-} in
   down) down ;;
   status) status ;;
   env) echo "export SLURM_CONF=$SLURM_CONF" ;;
-  lose) as_root lose; end "${2:?which node}" KILL ;; # for trials: a node that dies without a word; `up` brings it back
+  lose) lose "${2:?which node}" ;; # for trials: a node that dies without a word; `up` brings it back
   *) sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; exit 2 ;;
 esac
