@@ -16,7 +16,7 @@ from workspace_factory import copied, make_by_hand, media, tiny  # noqa: F401
 from nano4m_cli import dist
 from nano4m_cli.data._atomic import write_json
 
-SETTINGS, FEW = ["attentive.steps=10"], ["forward_vs_ar.samples=5", "forward_vs_ar.positions=3"]
+SETTINGS, FEW = ["attentive.steps=10"], ["forward_vs_ar.samples=5", "forward_vs_ar.positions=3", "tts.clips=5"]
 TRANSFER = ["transfer.data=hand", "transfer.sizes=[6]", "transfer.steps=10", "transfer.batch=4", "transfer.rates=[1.0]"]
 BREAKS = {"in a piece": 1, "on the way": 1, "in the end": 0, "killed": 1}  # and on which rank
 
@@ -38,7 +38,8 @@ def shared(media, tmp_path_factory):  # noqa: F811
     root = tmp_path_factory.mktemp("shared")
     first = copied(media, root / "one")
     info = first.dataset().info_path
-    write_json(info, {**json.loads(info.read_text()), "judge_steps": {"rgb": 2, "audio": 2}})
+    more = {"judge_steps": {"rgb": 2, "audio": 2}, "transcripts": {"caption": {}}}  # every probe finds something to do
+    write_json(info, {**json.loads(info.read_text()), **more})
     make_by_hand(root / "one", "hand")
     for name in ("two", "few", "three"):
         copied(first, root / name)
@@ -78,8 +79,8 @@ def test_two_processes_write_what_one_writes(shared):
     probes = {name.split("/")[3].removesuffix(".json") for name in want
               if name.startswith("runs/demo/eval/") and name.count("/") == 3 and name.endswith(".json")}
     assert probes == {
-        "attention", "attentive", "calibration", "captions", "class", "crossmodal", "fid", "forward_vs_ar", "fusion", "geometry",
-        "knn", "lens", "linear", "loss", "memorization", "retrieval", "sounds", "tokenizer", "transfer",
+        "asr", "attention", "attentive", "calibration", "captions", "class", "crossmodal", "fid", "forward_vs_ar", "fusion",
+        "geometry", "knn", "lens", "linear", "loss", "memorization", "retrieval", "sounds", "tokenizer", "transfer", "tts",
     }
     assert {"runs/demo/report/index.html", "runs/demo/eval/gallery/gallery.json"} <= want.keys()
     assert "data/scenes/judges/audio/judge.json" in want

@@ -144,6 +144,8 @@ class Probe(Base):
 class Few:
     """Some samples of token data, as the loop's tasks read them."""
 
+    streamed = False  # all of them are here
+
     def __init__(self, data: TokenData, index_N: np.ndarray):
         self.data, self.index_N = data, index_N
         self.layout, self.dataset, self.name = data.layout, data.dataset, data.name
