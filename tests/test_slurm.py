@@ -121,6 +121,18 @@ def test_two_nodes_evaluate_as_one_process(cluster, here):  # noqa: F811
     assert cluster.wait(job) == ["COMPLETED"], log(here, job, "eval")
     assert "signal USR1" in log(here, job, "eval")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == want
+    shutil.rmtree(folder)
+    cluster.script("up", PREEMPT_SIGNAL=0)  # the steps get TERM, the batch shell nothing
+    job = cluster.sbatch(here, "eval", *asked, NANO4M_PROCS="2")
+    pids = wait_for("its processes", lambda: ranks_of(cluster, job))
+    send(pids, signal.SIGSTOP)  # so that it does not end before
+    cluster.call("sbatch", "-purgent", "-N3", "--exclusive", "--output=/dev/null", "--wrap=:", here=here)
+    wait_for("TERM", lambda: "STEP" in log(here, job, "eval"))
+    send(pids, signal.SIGCONT)
+    assert cluster.wait(job) == ["COMPLETED"], log(here, job, "eval")
+    cluster.script("up")
+    assert "preempted: back into the queue (start 1 to come)" in log(here, job, "eval")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == want
 
 
 def first_child(pid):

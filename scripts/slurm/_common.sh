@@ -168,6 +168,11 @@ once() {
   fi
   if [ "$rc" = 0 ]; then rm -rf "$flags"; say "done"; exit 0; fi
   [ ! -e "$flags/stop" ] || again "stopped before the end"
+  # TERM to the steps alone: this shell heard nothing, and torchrun does not tell by what its processes ended.
+  case $(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.*PreemptTime=\([^ ]*\).*/\1/p' | head -n 1) in
+    "" | None) ;;
+    *) again "preempted" ;;
+  esac
   # Killed (memory, an operator): worth another try. An error that it told of would come again.
   [ "$rc" -le 128 ] || [ "$starts" -ge "${NANO4M_RETRIES:-2}" ] || again "killed (exit code $rc)"
   rm -rf "$flags"
