@@ -27,7 +27,7 @@ def commands(root, name, ranks):
         "eval": ["eval", *FEW], "probe": ["probe", *SETTINGS], "transfer": ["eval", "--probe", "transfer", *TRANSFER],
     }
     if ranks > 2:
-        given = {"eval": ["eval", "--limit", "2", "--probe", "loss,retrieval,captions,crossmodal,tokenizer"]}
+        given = {"eval": ["eval", "--limit", "2", "--probe", "loss,retrieval,captions,fusion,tokenizer"]}
     where = ["--root", str(root / name), "--device", "cpu"]
     return [{"ranks": ranks, "port": port(), "name": f"{name}-{what}", "command": [*args, *where]} for what, args in given.items()]
 
