@@ -107,7 +107,8 @@ def work(args: argparse.Namespace, folder: Path) -> None:
             if dist.rank() == 0:
                 assert {p.name: p.read_bytes() for p in results.iterdir() if p.is_file()} == before
                 rounds.append(spent)
-                print(f"round {len(rounds)}: {spent['one']['all']:.1f} s, {spent['several']['all']:.1f} s", file=sys.stderr, flush=True)
+                told = ", ".join(f"{how} {seconds['all']:.1f} s" for how, seconds in spent.items())
+                print(f"round {len(rounds)}: {told}", file=sys.stderr, flush=True)
             dist.barrier()
         if dist.rank() == 0:
             (folder / "rounds.json").write_text(json.dumps(rounds))
