@@ -153,14 +153,14 @@ def test_lost_shards_are_told_and_counted_and_a_resume_is_exact(damaged, tmp_pat
     workers = trained(root, "workers", **more, train__workers=2)
     assert weights(workers) == weights(whole) and seen(workers) == seen(whole)
     skips = records(whole, "skipped")
-    assert skips == records(workers, "skipped")
+    assert [(r["step"], r["n"]) for r in skips] == [(r["step"], r["n"]) for r in records(workers, "skipped")]
     bad = {*range(4, 8), *range(12, 16), *range(32, 36), 29, 30}
     used = Counter(int(k.removeprefix("train-")) for step in range(1, 7) for k in seen(whole)[step])
     assert not set(used) & bad and sum(used.values()) == 48 and len(used) == 34, "an epoch"
     assert sum(r["n"] for r in skips if r["step"] < 6) == 14
     why = Counter(w for r in skips if r["step"] < 6 for w in r["samples"])
     for said, n in (("rgb/train/shard-000001.tar: HTTP 404", 4), ("caption/train/shard-000003.tar", 4),
-                    ("audio/train/shard-000008.tar: ReadTimeout", 4), ("audio/train/shard-000007.tar, sample 'train-", 2)):
+                    ("audio/train/shard-000008.tar", 4), ("audio/train/shard-000007.tar, sample 'train-", 2)):
         assert sum(count for w, count in why.items() if said in w and damaged.url in w) == n, (said, why)
     lines = [r.note for r in told if r.kind == "skipped"]
     assert 6 <= len(lines) <= 9, "once in each of two epochs, and a look into the third"
