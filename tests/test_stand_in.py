@@ -18,6 +18,7 @@ from nano4m_cli.data import stream
 from nano4m_cli.data.stand_in import StandIns
 from nano4m_cli.data.stream_order import StreamOrder
 from nano4m_cli.errors import DataError
+from nano4m_cli.train.status import status
 
 
 class Data:
@@ -178,6 +179,9 @@ def test_lost_shards_are_told_and_counted_and_a_resume_is_exact(damaged, tmp_pat
     again = Counter(int(k.removeprefix("train-")) for step in range(7, 13) for k in seen(resumed)[step])
     assert {s for s in range(48) if s // 4 not in later} - {29, 30} <= set(again), "the next epoch has all but the damaged"
     assert not {29, 30} & set(again)
+    told = [r["step"] for r in records(resumed, "skipped")]
+    assert told == sorted(set(told)), "none twice"
+    assert status(resumed).skipped == sum(r["n"] for r in records(resumed, "skipped")) >= 14
 
 
 def test_with_nothing_lost_it_is_the_same_run(tmp_path, monkeypatch, one_thread):  # noqa: F811

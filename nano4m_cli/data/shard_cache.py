@@ -130,6 +130,7 @@ class ShardCache:
 
     def __init__(self, folder: Path, max_bytes: int, wait: float = 300.0):
         self.folder, self.max_bytes, self.wait = folder, max_bytes, wait
+        self._failed: dict[str, tuple[float, Nano4MError]] = {}  # when and why a shard last did not come, to this process
 
     def get(self, file: RemoteFile) -> Path:
         """Return the path of a shard, fetched if it is not there.
@@ -147,11 +148,18 @@ class ShardCache:
 
     def _fetched(self, path: Path, file: RemoteFile) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
+        asked = time.monotonic()
         try:
             with FileLock(self.folder / f".{file.sha256}.lock", timeout=2 * self.wait):
+                failed, error = self._failed.get(file.sha256, (0.0, None))
+                if error is not None and failed >= asked:
+                    raise type(error)(error.message, error.hint)  # another thread's attempt, which this one waited for
                 if not self._use(path, file):
                     self._make_room(file)
                     fetch_file(file, path, self.wait)
+        except Nano4MError as err:
+            self._failed[file.sha256] = time.monotonic(), err
+            raise
         except Timeout as err:
             why = f"another process has been at it for {2 * self.wait:g} s"
             raise FetchError(f"cannot fetch {file.url}: {why}", "look at that process, or raise data.wait") from err
