@@ -132,6 +132,7 @@ def damaged(tmp_path, monkeypatch):
     were damaged before they were published."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("workspace_factory.SHARD", 4)
+    monkeypatch.setattr("workspace_factory.SPLITS", {"train": 48, "val": 8})
     origin = make_by_hand(tmp_path / "origin").dataset()
     spoil(origin.tokens("audio", "train") / "shard-000007.tar", [1, 2])
     stream.publish(origin, NAMES)
