@@ -7,8 +7,8 @@ answers each request after `--latency` ms and sends at most `--bandwidth` MB/s p
 ranks (processes with one thread, of one node: they share a cache) make an epoch's batches of 64, without loader processes:
 `local`: from memory-mapped shards; `cold`: from the server into an empty cache; `warm`: the same with all in the cache. The ranks'
 samples per second are of all together. For `..._wait_share` a step computes (sleeps) for `--step` ms once its batch is there, as
-training does, so that shards come meanwhile: the part of the epoch that is not computing, making the batches included.
-`cold_mb_per_s` is what came over the wire.
+training does, so that shards come meanwhile: the part of the epoch after its first batch that is not computing, making the batches
+included. `..._first_batch_s` is the wait for that first one, `cold_..._mb_per_s` what came over the wire. A first round warms up.
 """
 
 from __future__ import annotations
@@ -72,14 +72,17 @@ def run(folder: Path, args: argparse.Namespace) -> list[dict]:
     def note(name: str, value: float, unit: str) -> None:
         figures.setdefault(name, ([], unit))[0].append(value)
 
-    for turn in range(args.rounds):
+    for turn in range(args.rounds + 1):
         for ranks in (1, 2):
-            for pace, what in ((0.0, "samples_per_s"), (args.step / 1e3, "wait_share")):
+            for pace, what in ((0.0, "samples_per_s"), (args.step / 1e3, "wait_share"))[: 2 if turn else 1]:
                 cache = folder / f"cache-{turn}-{ranks}-{what}"
                 for way, dataset in (("local", origin), ("cold", far), ("warm", far)):
-                    seconds, waited = epoch(dataset, cache, ranks, pace, args.samples)
+                    seconds, waited, first = epoch(dataset, cache, ranks, pace, args.samples)
+                    if not turn:
+                        continue
                     if pace:
-                        note(f"{way}_{ranks}_wait_share", waited / seconds, "of the epoch's time")
+                        note(f"{way}_{ranks}_wait_share", waited / (seconds - first), "of the time after")
+                        note(f"{way}_{ranks}_first_batch_s", first, "s")
                     else:
                         note(f"{way}_{ranks}_samples_per_s", args.samples // BATCH * BATCH / seconds, "samples/s")
                     if way == "cold" and not pace:
@@ -89,8 +92,8 @@ def run(folder: Path, args: argparse.Namespace) -> list[dict]:
     return [figure(name, values, unit) for name, (values, unit) in figures.items()]
 
 
-def epoch(dataset: DatasetFolder, cache: Path, ranks: int, pace: float, samples: int) -> tuple[float, float]:
-    """Return the seconds of an epoch's steps, and the part that the rank which waited longest did not compute."""
+def epoch(dataset: DatasetFolder, cache: Path, ranks: int, pace: float, samples: int) -> tuple[float, ...]:
+    """Return the seconds of an epoch's steps, those after the first batch that were not computing, and those before it."""
     gate, out = FORK.Barrier(ranks), FORK.Queue()
     jobs = [FORK.Process(target=_rank, args=(dataset, cache, r, ranks, pace, samples // BATCH, gate, out)) for r in range(ranks)]
     for job in jobs:
@@ -98,7 +101,7 @@ def epoch(dataset: DatasetFolder, cache: Path, ranks: int, pace: float, samples:
     found = [out.get(timeout=240) for _ in jobs]
     for job in jobs:
         job.join()
-    return max(s for s, _ in found), max(w for _, w in found)
+    return tuple(map(max, zip(*found, strict=True)))  # of the rank that waited longest
 
 
 def _rank(dataset, cache, rank, ranks, pace, steps, gate, out) -> None:
@@ -106,14 +109,14 @@ def _rank(dataset, cache, rank, ranks, pace, steps, gate, out) -> None:
     data = TokenData(dataset, "train", NAMES, cache=stream.cache_of(dataset, str(cache)))
     task = FourMTask(config, data, None, FourM(config.model, data.layout), rank, ranks)
     gate.wait()
-    begin, waited = time.perf_counter(), 0.0
+    begin, waits = time.perf_counter(), []
     for step in range(steps):
         asked = time.perf_counter()
         task.batch(step)
         gate.wait()  # as ranks wait for each other's gradients
-        waited += time.perf_counter() - asked
+        waits.append(time.perf_counter() - asked)
         time.sleep(pace)
-    out.put((time.perf_counter() - begin, waited))
+    out.put((time.perf_counter() - begin, sum(waits[1:]), waits[0]))
 
 
 def serve(folder: Path, latency: float, bandwidth: float, port) -> None:
