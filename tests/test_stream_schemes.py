@@ -1,13 +1,14 @@
-"""Token shards in a bucket (s3) and in a repository of the hub (hf), served on this machine by the real protocols."""
+"""Token shards in a bucket (s3, gs) and in a repository of the hub (hf), served on this machine by the real protocols."""
 
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
 import socket
 import sys
 import threading
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -197,6 +198,54 @@ def test_what_a_bucket_refuses_is_told_at_once(bucket, tmp_path, monkeypatch):
     s3fs.S3FileSystem.clear_instance_cache()
     result = run(*base, "data.url=s3://lab/scenes", "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["train_samples"] == 48, result.stderr
+
+
+# -- gs -------------------------------------------------------------------------------------------------------------------
+
+
+class Store(http.server.BaseHTTPRequestHandler):
+    """Google's JSON API, as far as objects are read by it."""
+
+    files: dict[str, bytes] = {}
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        name = unquote(urlsplit(self.path).path.partition("/b/lab/o/")[2]).removeprefix("scenes/")
+        body = self.files.get(name, b"")
+        if not name:
+            return self.send(200, b'{"kind": "storage#objects", "items": []}')
+        if name not in self.files:
+            return self.send(404, b'{"error": {"code": 404, "message": "No such object"}}')
+        if not self.path.startswith("/download"):
+            about = {"kind": "storage#object", "bucket": "lab", "name": f"scenes/{name}", "size": str(len(body)), "generation": "1"}
+            return self.send(200, json.dumps(about).encode())
+        first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+        return self.send(206, body[int(first) : int(last) + 1])
+
+    def send(self, status, body):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_reading_from_google_s_store(origin, tmp_path, monkeypatch):
+    gcsfs = pytest.importorskip("gcsfs", reason="gcsfs is not installed")
+    monkeypatch.setattr(Store, "files", files_of(origin))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Store)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    far = TokenData(stream.open_remote("gs://lab/scenes", here(tmp_path)), "train", NAMES)
+    assert np.array_equal(far.read(np.arange(48))[0], TokenData(origin, "train", NAMES).read(np.arange(48))[0])
+    with pytest.raises(FetchError, match="gs://lab/none/tokens/manifest.json: there is no such file"):
+        stream.open_remote("gs://lab/none", here(tmp_path))
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    server.shutdown()
+    server.server_close()
 
 
 # -- without the packages ---------------------------------------------------------------------------------------------------

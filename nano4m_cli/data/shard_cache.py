@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import time
@@ -79,6 +80,7 @@ def _fetch_other(file: RemoteFile, dest: Path, late: Callable[[int, int], None],
 
     scheme, until, silence = urlsplit(file.url).scheme, time.monotonic() + wait, min(30.0, wait / 8)
     options = {"s3": {"config_kwargs": {"connect_timeout": silence, "read_timeout": silence, "retries": {"max_attempts": 1}}}}
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints traces of what it raises as well
     try:
         system, path = fsspec.core.url_to_fs(file.url, **options.get(scheme, {}))
     except (ImportError, ValueError) as err:
