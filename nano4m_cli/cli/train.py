@@ -227,6 +227,7 @@ def _status(show: Show, workspace: Any, name: str | None) -> None:
         ("last record", ago(found.silence)),
         ("checkpoint", None if found.checkpoint is None else f"{found.checkpoint}, {ago(found.checkpoint_age)}"),
         ("train loss", found.train.get("loss")), ("val loss", found.val.get("loss")), ("stalls", found.stalls),
+        ("samples skipped", found.skipped or None),
         *((name.replace("_", " "), f"{v['min']:.4g} / {v['median']:.4g} / {v['max']:.4g}")
           for name, v in found.speed.items() if isinstance(v, dict)),
     ]
