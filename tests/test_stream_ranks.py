@@ -24,7 +24,7 @@ BASE = {"train__batch": 12, "train__steps": 8, "train__checkpoint_every": 2, "tr
         "train__log_keys": True, "data__window": 1, "data__modalities": f"[{','.join(NAMES)}]"}
 STARVED = "starve/tokens/audio/train/shard-000009.tar"  # of rank 1 alone, from the third step on
 
-SKIP = {"data__skip_broken": True}
+SKIP = {"data__skip_broken": True, "train__workers": 1}
 LOST = ["rgb/train/shard-000004.tar", "caption/train/shard-000005.tar", "rgb/train/shard-000009.tar"]  # a whole window's two
 
 

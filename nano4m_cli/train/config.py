@@ -21,6 +21,7 @@ class DataConfig(Config):
     """dataset: folder below data/ (null: the only or newest one). modalities: in model order (empty: all tokenised).
 
     skip_broken: put the next sample of the order in the place of one that cannot be read, and count it; else that is an error.
+        Of a stream, the next of its lane (StandIns), and a shard that does not come is lost for its epoch.
     url: where the data set lies, if not below data/ (http, https, s3, gs, hf, ...; docs/CLUSTER.md). Its shards are fetched
         when their samples are due, into `cache` (null: data/.cache/stream; variables such as $TMPDIR are put in), which holds at
         most `cache_gb`; a shard that does not come within `wait` seconds is an error. lanes, window: see StreamOrder.
