@@ -57,6 +57,8 @@ JOBS = {
         {"name": "for_one", "changes": FSDP, "stop": {"rank": 0, "step": 2}},
         {"name": "one_to_two", "changes": BASE, "resume": True},
         {"name": "skip_two", "changes": SKIP},
+        {"name": "shards_half", "changes": FSDP, "stop": {"rank": 0, "step": 4}},
+        {"name": "shards_half", "changes": FSDP, "resume": True, "cut": "model/rank-00001-of-00002.safetensors"},
     ],
     3: [
         {"name": "three", "changes": BASE},
@@ -238,6 +240,15 @@ def test_shards_stop_and_go_on_bit_for_bit(trained):
     assert [s["stopped"] for s in said(trained, "shards_cut", 6, 2)] == [5, 5]
     assert weights(runs / "shards_cut") == weights(runs / "shards")
     assert records(runs / "shards_cut", "train", "val") == records(runs / "shards", "train", "val")
+
+
+def test_shards_of_which_one_is_cut_in_half_are_set_aside_and_the_run_is_the_same(trained):
+    runs = trained.root / "runs"
+    assert not any("error" in s for s in said(trained, "shards_half", 15, 2))
+    points = sorted(p.name for p in (runs / "shards_half" / "checkpoints").iterdir())
+    assert points == ["damaged-step-00000005", "step-00000003", "step-00000006"]
+    assert weights(runs / "shards_half") == weights(runs / "shards")
+    assert records(runs / "shards_half", "train", "val") == records(runs / "shards", "train", "val")
 
 
 def test_a_checkpoint_is_read_by_any_number_of_ranks(trained):

@@ -21,6 +21,9 @@ def command(
     config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML file.")] = None,
     settings: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
+    set_aside: Annotated[
+        bool, typer.Option("--set-aside", help="With --resume: rename a damaged newest checkpoint, and take the one before.")
+    ] = False,
     device: Device = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be trained and what the masking shows; write nothing.")
@@ -80,7 +83,7 @@ def command(
         work = _fit_tokenizer if loaded.task == "tokenizer" else _import
         work(show, workspace, loaded, resume, device, dry_run)
     else:
-        _train(show, workspace, loaded, resume, device, dry_run, quiet)
+        _train(show, workspace, loaded, (resume, set_aside), device, dry_run, quiet)
 
 
 @contextlib.contextmanager
@@ -108,7 +111,7 @@ def find_config(given: str) -> Path:
     raise ConfigError(f"no config file '{given}'", did_you_mean(str(name.with_suffix("")), known))
 
 
-def _train(show: Show, workspace: Any, config: Any, resume: bool, device: str, dry_run: bool, quiet: bool) -> None:
+def _train(show: Show, workspace: Any, config: Any, resume: tuple[bool, bool], device: str, dry_run: bool, quiet: bool) -> None:
     from nano4m_cli import dist
     from nano4m_cli.train.loop import Stopped
     from nano4m_cli.train.run import prepare, start
@@ -129,7 +132,8 @@ def _train(show: Show, workspace: Any, config: Any, resume: bool, device: str, d
         show.say(f"run: {prepared.config.name} ({prepared.folder}), {prepared.config.train.steps} steps on {name}{beside}")
         try:
             with show.work() as work:
-                figures = start(prepared, resume, own, work.record if dist.rank() == 0 else _late(quiet))
+                again, set_aside = resume
+                figures = start(prepared, again, own, work.record if dist.rank() == 0 else _late(quiet), set_aside)
         except Stopped as err:
             stop = err
     if stop is not None:

@@ -68,8 +68,9 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What the loop calls back with. kind: "train", "val", "checkpoint", "done"; "stall" and "late", whose note is a line to be
-    shown, of a step that took long or is taking long (the latter by another thread, and on the rank that it is about)."""
+    """What the loop calls back with. kind: "train", "val", "checkpoint", "done"; "damaged", "stall" and "late", whose note is a
+    line to be shown: of a checkpoint that was set aside, of a step that took long or is taking long (the latter by another thread,
+    and on the rank that it is about)."""
 
     kind: str
     step: int
