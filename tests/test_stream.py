@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import multiprocessing
 import shutil
-import threading
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
-from test_cli import fails, run
+from stream_server import Server
+from test_cli import run
 from workspace_factory import by_hand, config, copied, one_thread, records, weights  # noqa: F401
 
 from nano4m_cli.data import stream
@@ -26,52 +25,6 @@ from nano4m_cli.train.run import prepare, start
 NAMES = ["rgb", "audio", "caption"]
 
 
-class Server:
-    """Serves a folder and misbehaves on request.
-
-    Attributes:
-        asked: names asked for. fails: {name: status, once each}. cuts: {name: bytes after which it ends, once each}.
-        stalls: names that are never answered. instead: {name: bytes served in its place}.
-    """
-
-    def __init__(self, folder):
-        self.asked, self.fails, self.cuts, self.stalls, self.instead = [], {}, {}, set(), {}
-        server = self
-
-        class Handler(http.server.SimpleHTTPRequestHandler):
-            def log_message(self, *args):
-                pass
-
-            def do_GET(self):
-                name = self.path.lstrip("/")
-                server.asked.append(name)
-                if name in server.stalls:
-                    time.sleep(5)
-                    return
-                if name in server.fails:
-                    return self.send_error(server.fails.pop(name))
-                path = folder / name
-                if not path.is_file():
-                    return self.send_error(404)
-                body = server.instead.get(name, path.read_bytes())
-                start = int(self.headers["Range"][6:-1]) if self.headers.get("Range") else 0
-                self.send_response(206 if start else 200)
-                if start:
-                    self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-                self.send_header("ETag", f'"{len(body)}"')
-                self.send_header("Content-Length", str(len(body) - start))
-                self.end_headers()
-                self.wfile.write(body[start : start + server.cuts.pop(name, len(body))])
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def tars(self):
-        return [n for n in self.asked if n.endswith(".tar")]
-
-
 @pytest.fixture
 def published(by_hand, tmp_path, monkeypatch):  # noqa: F811
     """A data set of 48 train samples in three shards, on a server."""
@@ -80,8 +33,7 @@ def published(by_hand, tmp_path, monkeypatch):  # noqa: F811
     stream.publish(origin.dataset(), NAMES)
     server = Server(origin.dataset().path)
     yield server, origin
-    server.http.shutdown()
-    server.http.server_close()
+    server.close()
 
 
 @pytest.fixture
@@ -326,7 +278,7 @@ def test_bad_addresses_and_names(published, tmp_path, quick):
     with pytest.raises(ConfigError, match="no scheme"):
         stream.open_remote("/data/scenes", space)
     with pytest.raises(FetchError, match="404"):
-        stream.open_remote(server.url + "/nowhere", space)
+        stream.open_remote(server.url + "/no/where", space)
     server.instead["tokens/manifest.json"] = b'{"format": 1, "files": {"../../evil": {"bytes": 1, "sha256": ""}}, "info": {}}'
     with pytest.raises(DataError, match="names that lead elsewhere"):
         stream.open_remote(server.url, space)
@@ -343,10 +295,10 @@ def test_bad_addresses_and_names(published, tmp_path, quick):
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def trained(root, name, resume=False, **changes):
+def trained(root, name, resume=False, callback=lambda record: None, **changes):
     workspace = Workspace(root)
     made = config(root, name=name, data__modalities=f"[{','.join(NAMES)}]", **changes)
-    start(prepare(made, workspace), resume, "cpu", lambda record: None)
+    start(prepare(made, workspace), resume, "cpu", callback)
     return root / "runs" / name
 
 
@@ -371,4 +323,3 @@ def test_the_command_line_publishes_and_trains(published, tmp_path):
     (space.root / "tiny.yaml").write_text("train: {batch: 8}\n")
     args = ["train", space.root / "tiny.yaml", f"data.url={server.url}", "model.size=d1-1w64", "--dry-run", "--root", space.root]
     assert run(*args).exit_code == 0
-    fails(run(*args, "data.skip_broken=true"), 2, "data.skip_broken needs shards that are here", "leave data.skip_broken out")

@@ -72,7 +72,33 @@ def test_the_scaling_bench_counts_right():
     one, many = (scaling.cost(24, 1536, g) for g in (1, 256))
     assert one["efficiency"] == 1 and 0.3 < many["efficiency"] <= 1
     assert many["loader_MB_per_s"] == pytest.approx(256 * many["efficiency"] * one["loader_MB_per_s"])
+    # Ten million fp32 parameters on two ranks: 40 MB go through each link, half of them twice.
+    assert scaling.together(1.0, 10e6, 2, 80e6, hidden=0.0) == pytest.approx(1.5)
+    assert scaling.together(1.0, 10e6, 2, 80e6, hidden=0.3, latency=0.1) == pytest.approx(1.3)
+    assert scaling.together(1.0, 10e6, 2, 80e6, hidden=0.9) == scaling.together(1.0, 10e6, 1, 80e6, hidden=0.0) == 1.0
     save, mtbf = 10.0, 36_000.0
     at = {f: scaling.lost_share(f * scaling.young(save, mtbf), save, 0.0, mtbf, 4000) for f in (0.1, 1.0, 10.0)}
     assert at[1.0] < at[0.1] and at[1.0] < at[10.0]
     assert at[1.0] == pytest.approx((2 * save / mtbf) ** 0.5, rel=0.2), "to first order"
+
+
+@pytest.mark.slow
+def test_constants_of_a_machine_go_into_the_plan(tmp_path):
+    """What constants.py and ddp.py write is what scaling.py reads, and the check of the arithmetic is of those figures."""
+    def bench(name, *args):
+        command = [sys.executable, BENCH / name, "--quick", *args]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    for name in ("constants", "ddp"):
+        (tmp_path / f"{name}.json").write_text(bench(f"{name}.py", "--json"))
+    found = {f["name"]: f["value"] for f in json.loads((tmp_path / "constants.json").read_text())["figures"]}
+    assert found["bytes_per_parameter"] == pytest.approx(12, abs=0.01) and all(v > 0 for v in found.values())
+    assert 0.9 < found["counted_over_formula"] < 1.3
+    said = bench("scaling.py", "--constants", "constants.json", "--check", "ddp.json")
+    size, check = said.split("\n\n")[:2]
+    seconds = [float(line.split("|")[-2]) for line in size.splitlines()[2:]]
+    assert min(seconds) > found["start_s"]
+    row = [c.strip() for c in check.splitlines()[2].split("|")]
+    assert row[1] == "ddp" and float(row[6]) <= float(row[5]) <= 1  # none hidden, all hidden

@@ -123,6 +123,8 @@ def _train(show: Show, workspace: Any, config: Any, resume: tuple[bool, bool], d
         with dist.together():
             prepared = prepare(config, workspace)
         show.say(f"data set: {prepared.dataset.name} ({prepared.dataset.path})")
+        for warning in prepared.warnings:
+            show.say(f"warning: {warning}")
         if dry_run:
             if dist.rank() == 0:
                 _show_plan(show, prepared)
@@ -287,4 +289,4 @@ def _show_plan(show: Show, prepared: Any) -> None:
         show.line("\nmost frequent: " + ", ".join(f"{'nothing' * name.startswith('->')}{name} {share:.2%}" for name, share in top))
     masking = {k: v for k, v in vars(masks).items() if k != "directions"}
     directions = {n: {"frequency": f, "in_distribution": f >= IN_DISTRIBUTION} for n, f in frequency.items()}
-    show.document({**summary, "masking": masking, "directions": directions, "dry_run": True})
+    show.document({**summary, "masking": masking, "directions": directions, "warnings": prepared.warnings, "dry_run": True})

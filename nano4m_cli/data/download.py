@@ -15,12 +15,14 @@ import lzma
 import os
 import re
 import shutil
+import ssl
 import stat
 import tarfile
 import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -43,6 +45,10 @@ class Refused(FetchError):
     """The server will not give the file, or gives another than the expected one: trying again will not help."""
 
 
+class DiskError(FetchError):
+    """What is wrong is wrong on this machine: a full disk, a folder without rights."""
+
+
 class _Again(Exception):
     """A transfer that broke in a way that may pass; `wait` is what the server asked for, in seconds."""
 
@@ -62,6 +68,7 @@ def download(
     max_bytes: int | None = None,
     hint: str | None = None,
     headers: dict[str, str] | None = None,
+    longest: float = LONGEST_WAIT,
 ) -> Path:
     """Return `dest`, which holds what `url` serves; a file that is there already is kept unless `sha256` differs.
 
@@ -74,6 +81,7 @@ def download(
         max_bytes: larger files are refused.
         hint: what the user can do when the download fails.
         headers: sent along, e.g. an authorisation (which a redirect to another host does not get).
+        longest: seconds before a retry at most, whatever the server asks for.
 
     Raises:
         FetchError: names the URL and what happened. The part that came is kept and resumed by the next call.
@@ -85,8 +93,8 @@ def download(
         return dest
     part = dest.with_name(dest.name + ".part")
     hint = hint or "check the connection and try again: the download resumes where it stopped"
-    with _disk_errors(part), _locked(part) as file, httpx.Client(
-        follow_redirects=True, timeout=timeout, headers=headers
+    with disk_errors(part), _locked(part) as file, httpx.Client(
+        follow_redirects=True, timeout=timeout, headers=headers, verify=_trusted()
     ) as client:
         transfer = _Transfer(client, url, file, part, sha256, progress or (lambda done, total: None), max_bytes)
         failures, best = 0, transfer.size()
@@ -101,7 +109,7 @@ def download(
                 if failures > retries:
                     raise FetchError(f"cannot download {url}: {again} ({failures} attempts)", hint) from again
                 wait = backoff * 2 ** (failures - 1) if again.wait is None else again.wait
-                time.sleep(min(wait, LONGEST_WAIT))
+                time.sleep(min(wait, longest))
             except FetchError as err:
                 raise err if err.hint else type(err)(err.message, hint) from err
         file.flush()
@@ -110,6 +118,12 @@ def download(
         transfer.note_path.unlink(missing_ok=True)
         sync_folder(dest.parent)
     return dest
+
+
+@lru_cache(maxsize=1)
+def _trusted() -> ssl.SSLContext:
+    """Return whom TLS trusts: reading that anew for each file takes longer than a small file."""
+    return httpx.create_ssl_context()
 
 
 def digest(path: Path) -> str:
@@ -223,7 +237,7 @@ class _Transfer:
             raise FetchError(f"{self.url} has {total:,} bytes, more than the limit of {self.max_bytes:,}")
         free = shutil.disk_usage(self.part.parent).free
         if total - have > free:
-            raise FetchError(
+            raise DiskError(
                 f"no room for {self.url}: {total - have:,} bytes are missing and {self.part.parent} has {free:,} free",
                 "free some space, or use a root folder on another disk",
             )
@@ -270,13 +284,14 @@ def _locked(part: Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Make DiskErrors, which name `path`, of what the system says of files."""
     try:
         yield
     except OSError as err:
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise FetchError(f"the disk is full: cannot write {path}", "free some space and try again") from err
-        raise FetchError(f"cannot write {path}: {err.strerror or err}", "check the rights of the folder") from err
+            raise DiskError(f"the disk is full: cannot write {path}", "free some space and try again") from err
+        raise DiskError(f"cannot write {path}: {err.strerror or err}", "check the rights of the folder") from err
 
 
 # -- archives ---------------------------------------------------------------------------------------------------------
@@ -301,7 +316,7 @@ def extract(
     """
     names: list[str] = []
     left = max_bytes
-    with _disk_errors(folder):
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for member, kind, stream in _members(archive):
             _check_name(archive, member)

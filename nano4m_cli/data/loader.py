@@ -18,6 +18,7 @@ from nano4m_cli.rng import permutation
 from nano4m_cli.spec import Layout, TokenSpec, read_spec
 
 HEADER = 128  # bytes before the ids in each npy of a shard of ours
+TRIES = 100  # samples that may be broken on end
 CHECKED = 1.0  # seconds for which a shard that was whole is taken to be so
 
 
@@ -187,6 +188,32 @@ class TokenData:
         for column in self.columns:
             if isinstance(column.split, RemoteSplit):
                 column.split.soon(shards)
+
+    def missed(self, shards: Sequence[int]) -> dict[int, str]:
+        """Return what is wrong with shards of a remote data set that cannot be had in all modalities; the others are mapped."""
+        out: dict[int, str] = {}
+        for column in self.columns:
+            assert isinstance(column.split, RemoteSplit), column.split
+            left = [s for s in shards if s not in out]
+            out |= {s: err.message for s, err in column.split.missed(left, column._came).items()}
+        return out
+
+    def cache_warning(self, order: StreamOrder, max_bytes: int, share: float) -> str | None:
+        """Return what to say of a cache that throws shards out before all their samples were read; None of one that will do.
+
+        A lane reads `window` + 1 shards of every modality at a time (a window may begin within a shard), and the next ones
+        come meanwhile: where twice as many fit in, none is fetched twice.
+
+        Args:
+            share: of the lanes, that processes of this node take.
+        """
+        whole = sum(shard.file.bytes for column in self.columns for shard in column.split.shards)
+        at_once = max(1.0, order.lanes * share) * (order.window + 1) * whole / len(self.split.shards)
+        if max_bytes >= min(at_once, whole):
+            return None
+        enough = min(2 * at_once, whole) * 1.01
+        return (f"a cache of {max_bytes / 1e9:.3g} GB holds less than the {at_once / 1e9:.3g} GB of shards that this node reads at "
+                f"a time: they will be fetched again and again; data.cache_gb={enough / 1e9:.3g} would do")
 
     def order(self, seed: int, batch: int, lanes: int | None, window: int) -> SampleOrder | StreamOrder:
         """Return the order in which training sees the samples: at random, or along the shards where these come from afar."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from nano4m_cli.data.download import digest, download
-from nano4m_cli.errors import ConfigError, DataError, FetchError, Nano4MError
+from nano4m_cli.data.download import DiskError, digest, disk_errors, download
+from nano4m_cli.errors import ConfigError, FetchError, Nano4MError
 
 HTTP, OTHERS = ("http", "https"), ("s3", "gs", "gcs", "hf", "az", "abfs", "file", "memory")
 NEEDS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
@@ -53,9 +54,9 @@ def fetch_file(file: RemoteFile, dest: Path, wait: float = 300.0, retries: int =
 
     dest.parent.mkdir(parents=True, exist_ok=True)
     if urlsplit(file.url).scheme in HTTP:
-        # A quarter of the time for a silence: the others are for further attempts.
-        download(file.url, dest, file.sha256 or None, late, retries, min(30.0, wait / 4), BACKOFF,
-                 hint="is the address right, and does the server answer?")
+        # An eighth of the time for a silence, and less between: the rest is for further attempts.
+        download(file.url, dest, file.sha256 or None, late, retries, min(30.0, wait / 8), min(BACKOFF, wait / 60),
+                 hint="is the address right, and does the server answer?", longest=wait / 16)
     else:
         _fetch_other(file, dest, late, retries)
     if 0 <= file.bytes != dest.stat().st_size:
@@ -76,16 +77,15 @@ def _fetch_other(file: RemoteFile, dest: Path, late: Callable[[int, int], None],
         raise FetchError(f"cannot read {scheme}:// addresses here: {err}", f"pip install {NEEDS.get(scheme, 'fsspec')}") from err
     part, failures = dest.with_name(dest.name + ".part"), 0
     while True:
-        have = part.stat().st_size if part.is_file() else 0
+        have = before = part.stat().st_size if part.is_file() else 0
         try:
-            with system.open(path, "rb") as source, open(part, "ab") as out:
+            with system.open(path, "rb") as source:
                 source.seek(have)
                 while block := source.read(BLOCK):
-                    out.write(block)
+                    with disk_errors(part), open(part, "ab") as out:
+                        out.write(block)
                     have += len(block)
                     late(have, 0)
-                out.flush()
-                os.fsync(out.fileno())
             break
         except FileNotFoundError as err:
             raise FetchError(f"cannot fetch {file.url}: there is no such file", "is the address right?") from err
@@ -93,9 +93,7 @@ def _fetch_other(file: RemoteFile, dest: Path, late: Callable[[int, int], None],
             part.unlink(missing_ok=True)
             raise
         except Exception as err:  # each file system raises its own kinds
-            if isinstance(err, OSError) and not (part.parent.is_dir() and os.access(part.parent, os.W_OK)):
-                raise
-            failures = 1 if (part.stat().st_size if part.is_file() else 0) > have else failures + 1
+            failures = 1 if have > before else failures + 1
             if failures > retries:
                 why = f"{type(err).__name__}: {err} ({failures} attempts)"
                 raise FetchError(f"cannot fetch {file.url}: {why}", "try again later") from err
@@ -103,7 +101,11 @@ def _fetch_other(file: RemoteFile, dest: Path, late: Callable[[int, int], None],
     if file.sha256 and (found := digest(part)) != file.sha256:
         part.unlink()
         raise FetchError(f"{file.url} is not the expected file: sha256 {found}, expected {file.sha256}", "publish it again")
-    os.replace(part, dest)
+    with disk_errors(dest):
+        part.touch()  # a file of no bytes
+        with open(part, "rb") as whole:
+            os.fsync(whole.fileno())
+        os.replace(part, dest)
 
 
 class ShardCache:
@@ -120,10 +122,20 @@ class ShardCache:
         self.folder, self.max_bytes, self.wait = folder, max_bytes, wait
 
     def get(self, file: RemoteFile) -> Path:
-        """Return the path of a shard, fetched if it is not there."""
+        """Return the path of a shard, fetched if it is not there.
+
+        Raises:
+            FetchError: it cannot be had; DiskError: it cannot be kept.
+        """
         path = self.folder / f"{file.sha256}.tar"
-        if self._use(path, file):
-            return path
+        try:
+            with disk_errors(path):
+                return path if self._use(path, file) else self._fetched(path, file)
+        except DiskError as err:
+            hint = err.hint if "data.cache" in (err.hint or "") else "data.cache names another folder, data.cache_gb its size"
+            raise DiskError(f"{err.message} ({file.url})", hint) from err
+
+    def _fetched(self, path: Path, file: RemoteFile) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / f".{file.sha256}.lock", timeout=2 * self.wait):
@@ -148,15 +160,16 @@ class ShardCache:
 
     def _make_room(self, file: RemoteFile) -> None:
         if file.bytes > self.max_bytes:
-            raise DataError(f"{file.url} has {file.bytes:,} bytes, the cache holds {self.max_bytes:,}", "raise data.cache_gb")
+            raise DiskError(f"a shard has {file.bytes:,} bytes, the cache holds {self.max_bytes:,}", "raise data.cache_gb")
         with FileLock(self.folder / ".room.lock", timeout=self.wait):
             there = []
             for path in self.folder.glob("*.tar"):
                 with contextlib.suppress(FileNotFoundError):
                     there.append((path.stat().st_mtime_ns, path.stat().st_size, path))
             total = sum(size for _, size, _ in there)
+            room = min(self.max_bytes, total + shutil.disk_usage(self.folder).free)  # others fill the disk too
             for _, size, path in sorted(there):
-                if total + file.bytes <= self.max_bytes:
+                if total + file.bytes <= room:
                     break
                 path.unlink(missing_ok=True)
                 (self.folder / f".{path.stem}.lock").unlink(missing_ok=True)

@@ -18,7 +18,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import numpy as np
 from filelock import FileLock
 
 from nano4m_cli.data._atomic import atomic_folder, write_json
-from nano4m_cli.data.download import digest, unsafe
+from nano4m_cli.data.download import DiskError, digest, disk_errors, unsafe
 from nano4m_cli.data.shard_cache import RemoteFile, ShardCache, check_scheme, fetch_file
 from nano4m_cli.data.shards import Shard, ShardIndex, Split, index_path, read_beside, shard_paths
 from nano4m_cli.data.workspace import DatasetFolder, Workspace
@@ -34,6 +34,7 @@ from nano4m_cli.errors import DataError, FetchError, Nano4MError, ShardError
 
 MANIFEST, REMOTE, FORMAT = "manifest.json", "remote.json", 1
 AT_ONCE = 4  # transfers of one process
+KEPT = 16  # shards of a modality that a process keeps mapped at least
 ASK_AGAIN = 60.0  # seconds after which a shard that is due soon is looked for again: it may have been thrown out
 
 
@@ -71,8 +72,9 @@ def open_remote(url: str, workspace: Workspace, name: str | None = None) -> Data
     url = url.rstrip("/")
     check_scheme(url)
     cache = workspace.cache / "stream"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "open.lock"):
+    with disk_errors(cache), contextlib.ExitStack() as stack:
+        cache.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(FileLock(cache / "open.lock"))
         for known in workspace.datasets():
             remote = read_remote(known)
             if remote is not None and remote["url"] == url and name in (None, known.name):
@@ -152,10 +154,10 @@ class RemoteSplit(Split):
         self.starts = np.cumsum([0] + [len(s) for s in self.shards])
         self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
         self._asked: dict[int, float] = {}  # when each was last asked for by `soon`
-        self._pool: tuple[int, ThreadPoolExecutor] | None = None
+        self._pools: dict[tuple[int, str], ThreadPoolExecutor] = {}
 
     def __getstate__(self) -> dict[str, Any]:  # to loader processes: maps and threads are each one's own
-        return {**self.__dict__, "_maps": OrderedDict(), "_asked": {}, "_pool": None}
+        return {**self.__dict__, "_maps": OrderedDict(), "_asked": {}, "_pools": {}}
 
     def read(self, i: int, member: str) -> bytes:
         shard, j = self.locate(i)
@@ -169,25 +171,47 @@ class RemoteSplit(Split):
         Raises:
             DataError: names the first that did not come.
         """
+        for error in self.missed(wanted, check).values():
+            raise error
+        return {s: self._maps[s] for s in wanted}
+
+    def missed(self, wanted: Sequence[int], check: Callable[[int, np.ndarray], None]) -> dict[int, DataError]:
+        """Map shards as `open` does; return what is wrong with those that cannot be had.
+
+        Raises:
+            DataError: what is wrong is wrong here, such as a full disk.
+        """
+        found: dict[int, DataError] = {}
         missing = [s for s in wanted if s not in self._maps]
-        for s, done in [(s, self._threads().submit(self.cache.get, self.shards[s].file)) for s in missing]:
+        for s, done in [(s, self._threads("due").submit(self.cache.get, self.shards[s].file)) for s in missing]:
             try:
-                done.result()
+                self._result(s, done)
                 self._maps[s] = self._map(s)
                 check(s, np.frombuffer(self._maps[s], dtype=np.uint8))
             except Nano4MError as err:
-                raise DataError(f"no data: {err.message}", err.hint) from err
+                self._maps.pop(s, None)
+                found[s] = DataError(f"no data: {err.message}", err.hint)
+                if isinstance(err, DiskError):
+                    raise found[s] from err
         for s in wanted:
-            self._maps.move_to_end(s)
-        while len(self._maps) > max(16, 2 * len(wanted)):
+            if s in self._maps:
+                self._maps.move_to_end(s)
+        while len(self._maps) > max(KEPT, 2 * len(wanted)):
             self._maps.popitem(last=False)
-        return {s: self._maps[s] for s in wanted}
+        return found
+
+    def _result(self, s: int, done: Future[Path]) -> None:
+        try:
+            done.result(3 * self.cache.wait + 1)  # another process's attempt, and one's own: only what hangs takes longer
+        except TimeoutError as err:
+            hint = "is the server there? data.wait is how long it may take"
+            raise FetchError(f"cannot fetch {self.shards[s].path}: no answer in {3 * self.cache.wait:g} s", hint) from err
 
     def _map(self, s: int) -> mmap.mmap:
         for _ in range(5):  # another process may have made room in between
             with contextlib.suppress(FileNotFoundError), open(self.cache.get(self.shards[s].file), "rb") as file:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        raise FetchError(f"{self.shards[s].path} is thrown out of the cache as soon as it is there", "raise data.cache_gb")
+        raise DiskError(f"{self.shards[s].path} is thrown out of the cache as soon as it is there", "raise data.cache_gb")
 
     def soon(self, wanted: Sequence[int]) -> None:
         """Fetch shards that will be read next; what goes wrong is told when they are."""
@@ -195,19 +219,21 @@ class RemoteSplit(Split):
         for s in wanted:
             if s not in self._maps and now - self._asked.get(s, -ASK_AGAIN) >= ASK_AGAIN:
                 self._asked[s] = now
-                self._threads().submit(self._quietly, s)
+                self._threads("soon").submit(self._quietly, s)
 
     def _quietly(self, s: int) -> None:
         with contextlib.suppress(Nano4MError, OSError):
             self.cache.get(self.shards[s].file)
 
-    def _threads(self) -> ThreadPoolExecutor:
-        if self._pool is None or self._pool[0] != os.getpid():
-            self._pool = os.getpid(), ThreadPoolExecutor(AT_ONCE, "shards")
-        return self._pool[1]
+    def _threads(self, of: str) -> ThreadPoolExecutor:
+        """Return the threads of this process for what is due, or what is due soon: which must not hold up the former."""
+        if (os.getpid(), of) not in self._pools:
+            self._pools[os.getpid(), of] = ThreadPoolExecutor(AT_ONCE, "shards")
+        return self._pools[os.getpid(), of]
 
 
 def cache_of(dataset: DatasetFolder, folder: str | None = None, gigabytes: float = 20.0, wait: float = 300.0) -> ShardCache:
     """Return the cache of a remote data set's shards: in the workspace, or in a folder such as $TMPDIR/nano4m."""
     path = Path(os.path.expandvars(folder)).expanduser() if folder else dataset.path.parent / ".cache" / "stream"
     return ShardCache(path, int(gigabytes * 1e9), wait)
+

@@ -46,9 +46,16 @@ class StreamOrder:
 
     def at(self, counter_B: np.ndarray) -> np.ndarray:
         """Return the sample index at each position of the order."""
+        return self.walk(*self.places(counter_B))
+
+    def places(self, counter_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the lane of each position of the order, and its place in the lane's walk."""
         step, place = np.divmod(np.asarray(counter_B, dtype=np.int64), self.batch)
         each = self.batch // self.lanes
-        lane, k = place // each, step * each + place % each
+        return place // each, step * each + place % each
+
+    def walk(self, lane: np.ndarray, k: np.ndarray) -> np.ndarray:
+        """Return the sample index at places of lanes' walks."""
         start, long = self.bounds[lane], np.diff(self.bounds)[lane]
         epoch, window, inside = k // long, k % long // self.span, k % long % self.span
         out = np.empty(len(lane), dtype=np.int64)
@@ -59,6 +66,16 @@ class StreamOrder:
             mixed = self._order_in(at_lane, at_epoch, at_window, min(self.span, int(long[rows][0]) - first))
             out[rows] = self._samples_of(at_epoch, start[rows] + first + mixed[inside[rows]])
         return out
+
+    def window_at(self, lane: int, k: int) -> tuple[int, list[int]]:
+        """Return the epoch and the shards of the window that a place of a lane's walk is in."""
+        start, end = int(self.bounds[lane]), int(self.bounds[lane + 1])
+        epoch, place = divmod(k, end - start)
+        first = start + place // self.span * self.span
+        shards, starts = self._row(epoch)
+        a = int(np.searchsorted(starts, first, side="right")) - 1
+        b = int(np.searchsorted(starts, min(first + self.span, end) - 1, side="right")) - 1
+        return epoch, shards[a : b + 1].tolist()
 
     def _order_in(self, lane: int, epoch: int, window: int, count: int) -> np.ndarray:
         found = self._mixed.get(lane)
@@ -81,20 +98,19 @@ class StreamOrder:
         at = np.searchsorted(starts, place_B, side="right") - 1
         return self.first[shards[at]] + place_B - starts[at]
 
-    def ahead(self, rows: np.ndarray, step: int) -> list[int]:
-        """Return the shards that the lanes of some rows of a batch need in the rest of their window and in the next one."""
+    def ahead(self, rows: np.ndarray, step: int, steps: int | None = None) -> list[int]:
+        """Return the shards that the lanes of some rows of a batch need in the rest of their window and in the next one.
+
+        Args:
+            steps: after which the run ends: a window that begins then is not needed.
+        """
         each = self.batch // self.lanes
         out: dict[int, None] = {}
         for lane in np.unique(np.asarray(rows) // each).tolist():
-            start, end = int(self.bounds[lane]), int(self.bounds[lane + 1])
-            k = step * each
+            k, long = step * each, int(self.bounds[lane + 1] - self.bounds[lane])
             for offset in (0, self.span):
-                epoch, place = divmod(k + offset, end - start)
-                first = start + place // self.span * self.span
-                shards, starts = self._row(epoch)
-                a = int(np.searchsorted(starts, first, side="right")) - 1
-                b = int(np.searchsorted(starts, min(first + self.span, end) - 1, side="right")) - 1
-                out.update(dict.fromkeys(shards[a : b + 1].tolist()))
+                if steps is None or not offset or k + offset - (k + offset) % long % self.span < steps * each:
+                    out.update(dict.fromkeys(self.window_at(lane, k + offset)[1]))
         return list(out)
 
     def rows(self, rank: int, ranks: int) -> np.ndarray:

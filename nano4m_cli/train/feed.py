@@ -54,7 +54,7 @@ class Feed:
             places = getattr(self.task, "places", self.task.keys)(self.next)
             raise TrainingError(
                 f"step {self.next + 1}: no data came within {self.minutes:g} min; waited for {'; '.join(places[:4])} ...",
-                "is the data's disk or server there? go on with --resume",
+                "is the data's disk or server there?",
             ) from err
         if isinstance(parts, Nano4MError):
             raise parts

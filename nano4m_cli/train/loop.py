@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nano4m_cli import dist
 from nano4m_cli.compute import pays_bf16
 from nano4m_cli.data._atomic import atomic_file
-from nano4m_cli.errors import CheckpointError, TrainingError
+from nano4m_cli.errors import CheckpointError, Nano4MError, TrainingError
 from nano4m_cli.model.layers import compile_blocks
 from nano4m_cli.rng import torch_seed
 from nano4m_cli.train import checkpoint
@@ -46,6 +46,8 @@ class Task(Protocol):
 
     A task may also have a `critic` (a module, or None) and `critic_loss()`: the critic's own loss on what the last `loss`
     made, or None while it waits. The critic has optimizers of its own, of the same settings, and is in every checkpoint.
+    `apart`: whether each rank waits for data that the others do not need. `settle(parts)`: the step's parts once ranks have
+    told each other of them. `restore(state)`: takes over what `state()` told a checkpoint.
     """
 
     model: nn.Module
@@ -68,9 +70,9 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What the loop calls back with. kind: "train", "val", "checkpoint", "done"; "damaged", "stall" and "late", whose note is a
-    line to be shown: of a checkpoint that was set aside, of a step that took long or is taking long (the latter by another thread,
-    and on the rank that it is about)."""
+    """What the loop calls back with. kind: "train", "val", "checkpoint", "done". Some have a note, a line to be shown: "damaged", of
+    a checkpoint that was set aside; "skipped", of data that others stand in for; "stall" and "late", of a step that took long or is
+    taking long (the latter by another thread, and on the rank that it is about)."""
 
     kind: str
     step: int
@@ -144,6 +146,8 @@ class Trainer:
         with dist.together():
             point = checkpoint.Reader(self.run / "checkpoints" / newest)
             self._restore(point)
+        if hasattr(self.task, "restore"):
+            self.task.restore(point.state)
         self.step = self._written = point.state["step"]
         self._window = point.state.get("window", [])
         self._val_loss = point.state.get("val_loss")
@@ -256,17 +260,40 @@ class Trainer:
 
     def _watched(self, feed: Feed) -> Iterator[list[Any]]:
         """Yield what the feed gives, timed; tell of samples that others stand for."""
-        tokens = getattr(self.task, "tokens", lambda part: 0)
         while True:
             self.watch.begins()
-            parts = next(feed, None)
+            parts = self._fed(feed)
             if parts is None:
                 return
-            self.watch.fed(sum(tokens(p) for p in parts))
             skipped = [why for p in parts for why in getattr(p, "skipped", ())]
             if skipped:
                 self._write("skipped", {"n": len(skipped), "samples": skipped})
+            for note in (note for p in parts for note in getattr(p, "notes", ())):
+                self.callback(StepRecord("skipped", self.step, self.c.steps, {}, f"warning: step {self.step + 1}: {note}"))
             yield parts
+
+    def _fed(self, feed: Feed) -> list[Any] | None:
+        """Return the next step's parts, None after the last. Where each rank waits for data of its own, all raise what one of
+        them cannot have: else the others would wait for its gradients."""
+        tokens, parts, error = getattr(self.task, "tokens", lambda part: 0), None, None
+        try:
+            parts = next(feed, None)
+        except Nano4MError as err:
+            last = checkpoint.checkpoints(self.run) if self.run else []
+            err.hint = "; ".join(filter(None, [
+                err.hint, f"the last good checkpoint is {last[-1].name}, go on from it with --resume" if last else None]))
+            error = err
+        self.watch.fed(sum(tokens(p) for p in parts or ()))
+        if dist.ranks() > 1 and getattr(self.task, "apart", False):
+            self.parallel.doing = "waiting for other ranks' data"
+            if dist.sum_of(torch.tensor(float(error is not None))):
+                with dist.together():
+                    if error is not None:
+                        raise error
+        if error is not None:
+            raise error
+        settle = getattr(self.task, "settle", None)
+        return parts if parts is None or settle is None else settle(parts)
 
     def _end_step(self) -> None:
         if self.keys is not None:

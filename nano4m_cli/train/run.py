@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -17,7 +18,9 @@ from nano4m_cli import __version__, dist
 from nano4m_cli.config import dump_yaml, load_yaml
 from nano4m_cli.data._atomic import atomic_file, write_json
 from nano4m_cli.data.loader import TokenData
+from nano4m_cli.data.shard_cache import ShardCache
 from nano4m_cli.data.stream import cache_of, open_remote
+from nano4m_cli.data.stream_order import StreamOrder
 from nano4m_cli.data.workspace import DatasetFolder, Workspace
 from nano4m_cli.errors import CheckpointError, ConfigError, DamagedError, DataError
 from nano4m_cli.masking._mixture import MaskReport, Mixture
@@ -49,13 +52,14 @@ MODELS: dict[str, type[TokenModel]] = {
 
 @dataclass
 class Prepared:
-    """A run ready to start: `summary` says what it is, `masks` what its masking shows."""
+    """A run ready to start: `summary` says what it is, `masks` what its masking shows, `warnings` what a user should mend."""
 
     config: RunConfig
     folder: Path
     dataset: DatasetFolder
     task: FourMTask
     summary: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def masks(self, samples: int = DRY_SAMPLES) -> MaskReport:
         report = self.task.mixture.simulate(self.task.train.lengths(slice(samples)), self.config.seed, samples)
@@ -98,7 +102,18 @@ def prepare(config: RunConfig, workspace: Workspace) -> Prepared:
         "epochs": round(config.train.steps * config.train.batch / len(train), 2),
         "modalities": {s.modality: f"{s.kind} {'x'.join(map(str, s.shape))} of {s.vocab_size}" for s in train.layout.specs},
     }
-    return Prepared(config, folder, dataset, task, summary)
+    return Prepared(config, folder, dataset, task, summary, _warnings(task, cache))
+
+
+def _warnings(task: FourMTask, cache: ShardCache) -> list[str]:
+    """Return what is not wrong but will hurt: of data that come from an address."""
+    if not isinstance(task.order, StreamOrder):
+        return []
+    local = min(int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or task.ranks, task.ranks)
+    small, minutes = task.train.cache_warning(task.order, cache.max_bytes, local / task.ranks), task.config.train.timeout
+    late = (f"data.wait={cache.wait:g} is more than train.timeout={minutes:g} min: where one process waits for a shard, the others "
+            "will give up before it can name it") if task.ranks > 1 and cache.wait > 60 * minutes else None
+    return [w for w in (small, late) if w]
 
 
 def _in_order(dataset: DatasetFolder) -> list[str]:

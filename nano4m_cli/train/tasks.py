@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from nano4m_cli import dist
-from nano4m_cli.data.loader import SampleOrder, TokenData
+from nano4m_cli.data.loader import TRIES, SampleOrder, TokenData
+from nano4m_cli.data.stand_in import Found, StandIns
 from nano4m_cli.data.stream_order import StreamOrder
 from nano4m_cli.errors import ConfigError, DataError, did_you_mean
 from nano4m_cli.masking._base import Key
@@ -24,7 +25,6 @@ from nano4m_cli.tokenizers._base import GradientTokenizer, codebook_use
 from nano4m_cli.train.config import RunConfig, TrainConfig
 
 VAL_PART = 100  # validation samples computed at once
-TRIES = 100  # samples that may be broken on end
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,15 @@ class Part:
     """A micro-batch, and how many answers of each modality (M,) the whole step has.
 
     skipped: what was wrong with the step's samples that others stand for (told by the first part of each rank).
+    lost: of a stream, the shards that cannot be had and why, as far as the step's samples hang on them.
+    notes: what a user should read of that.
     """
 
     packed: Packed
     answers_M: Tensor
     skipped: tuple[str, ...] = ()
+    lost: tuple[tuple[tuple[int, int, int], str], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def each(self, do: Callable[[Tensor], Tensor]) -> Part:
         return replace(self, packed=self.packed.each(do), answers_M=do(self.answers_M))
@@ -97,11 +101,13 @@ class FourMTask:
             raise DataError(f"split '{train.name}' of data set '{train.dataset.name}' is empty")
         data = config.data
         self.order = train.order(config.seed, config.train.batch, data.lanes, data.window)
+        self.stand_ins: StandIns | None = None
+        self.lost: dict[tuple[int, int, int], str] = {}  # what all ranks know of lost shards (StandIns)
         if isinstance(self.order, StreamOrder):
             self.order.rows(rank, ranks)  # an error now rather than later
             if data.skip_broken:
-                hint = "leave data.skip_broken out: shards that come are checked by their sha256"
-                raise ConfigError("data.skip_broken needs shards that are here", hint)
+                self.stand_ins = StandIns(train, self.order)
+        self.apart = train.streamed
         self._val: tuple[list[Part], bool] | None = None
 
     def _counters(self, step: int) -> np.ndarray:
@@ -134,15 +140,49 @@ class FourMTask:
         def mine(tokens_B: np.ndarray) -> list[np.ndarray]:
             return np.array_split(self._mine(tokens_B, step), parts)
 
+        if self.stand_ins is not None:
+            return self._of_lanes(step)
         index, skipped = self._readable(step)
         parts = self._parts(self.train, index, Key(self.config.seed, "mask", counter), mine)
         return [replace(parts[0], skipped=tuple(skipped.values())), *parts[1:]] if skipped else parts
+
+    def _of_lanes(self, step: int) -> list[Part]:
+        """Return this rank's parts of a step whose other samples it knows nothing of; `settle` puts in the answers of all."""
+        counter, found = self._found(step)
+        rows = np.array_split(np.arange(len(counter)), self.config.train.accumulate)
+        parts = self._parts(self.train, found.index_B, Key(self.config.seed, "mask", counter), lambda tokens_B: rows)
+        return [replace(parts[0], skipped=tuple(found.skipped.values()), lost=tuple(found.lost.items())), *parts[1:]]
+
+    def _found(self, step: int) -> tuple[np.ndarray, Found]:
+        """Return the positions of this rank's samples in the order, and what is read for them."""
+        assert self.stand_ins is not None
+        counter = self._counters(step)[self._mine(np.empty(0), step)]
+        return counter, self.stand_ins.readable(counter, self._variant("mask", counter))
+
+    def settle(self, parts: list[Part]) -> list[Part]:
+        """Return a step's parts with what all ranks say of it, where each has made its own without knowing of the others'."""
+        if self.stand_ins is None:
+            return parts
+        first = parts[0]
+        told = torch.tensor([float(len(first.lost) + len(first.skipped))], dtype=torch.float64)
+        sums = dist.sum_of(torch.cat([first.answers_M.double().cpu(), told]))
+        answers = sums[:-1].to(first.answers_M)
+        if sums[-1]:
+            every = dist.gathered((first.skipped, first.lost))
+            lost = {key: why for _, some in every for key, why in some}
+            known = {key[1:] for key in self.lost}
+            new = {key[1:]: why for key, why in lost.items() if key[1:] not in known}
+            notes = [f"{why}; others stand in for its {len(self.train.split.shards[s])} samples in this epoch"
+                     for (_, s), why in new.items()]
+            self.lost |= lost
+            parts[0] = replace(first, skipped=tuple(why for some, _ in every for why in some), notes=tuple(notes))
+        return [replace(p, answers_M=answers) for p in parts]
 
     def _mine(self, tokens_B: np.ndarray, step: int) -> np.ndarray:
         """Return the places of this rank's samples in a step's batch; of a stream, those of its own lanes."""
         if isinstance(self.order, StreamOrder):
             rows = self.order.rows(self.rank, self.ranks)
-            self.train.soon(self.order.ahead(rows, step))
+            self.train.soon(self.order.ahead(rows, step, self.config.train.steps))
             return rows
         return deal(tokens_B, self.ranks)[self.rank]
 
@@ -190,7 +230,8 @@ class FourMTask:
         if self.val is None:
             return {}
         if self._val is None:
-            self._val = self._val_parts(self.val)
+            with dist.together():  # a rank may lack a shard that the others do not need
+                self._val = self._val_parts(self.val)
         device = next(self.model.parameters()).device
         parts, spare = [p.to(device) for p in self._val[0]], self._val[1]
         each = [self.model.modality_sums(p.packed)[0] for p in parts]
@@ -211,6 +252,8 @@ class FourMTask:
 
     def _own(self, step: int, planned: bool = False) -> np.ndarray:
         """Return this rank's samples of a step; planned: without looking whether they can be read (which may take for ever)."""
+        if self.stand_ins is not None and not planned:
+            return self._found(step)[1].index_B
         counter = self._counters(step)
         index = self.order.at(counter) if planned else self._readable(step)[0]
         if self.ranks > 1:
@@ -231,7 +274,14 @@ class FourMTask:
         return [f"{path}: {', '.join(keys)}" for path, keys in by_shard.items()]
 
     def state(self) -> dict[str, Any]:
-        return {"specs": [s.model_dump(mode="json") for s in self.layout.specs]}
+        lost = {"lost": [[*key, why] for key, why in self.lost.items()]} if self.lost else {}
+        return {"specs": [s.model_dump(mode="json") for s in self.layout.specs], **lost}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over from a checkpoint's state what a step's samples hang on besides its number."""
+        self.lost = {(lane, epoch, shard): why for lane, epoch, shard, why in state.get("lost", [])}
+        if self.stand_ins is not None:
+            self.stand_ins.restore(state.get("lost", []))
 
 
 @dataclass(frozen=True)

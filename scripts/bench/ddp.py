@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _figures import figure, show
-from _reference import make_tokens, reference_config
+from _reference import make_tokens, reference_config, useful_flops
 
 from nano4m_cli import dist
 from nano4m_cli.data.workspace import Workspace
@@ -52,7 +52,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         make_tokens(Path(folder), 512)
-        rounds = launch(args.processes, Path(folder))
+        rounds, about = launch(args.processes, Path(folder))
         dealt, in_order = loads(Workspace(Path(folder)), 8, args.batch)
     n = args.processes
     share = lambda what: [r["one"] / r[what] for r in rounds]  # noqa: E731 (as many samples per process: time tells)
@@ -61,6 +61,8 @@ def main() -> None:
         figure("kept", [r["side_by_side"] / r["together"] for r in rounds], "of side by side"),
         figure("samples_per_s_one", [args.batch * args.steps / r["one"] for r in rounds], "samples/s"),
         figure(f"samples_per_s_{n}", [n * args.batch * args.steps / r["together"] for r in rounds], "samples/s"),
+        *(figure(f"seconds_{kind}", [r[kind] / args.steps for r in rounds], "s/step") for kind in PHASES),
+        figure("parameters", [about["parameters"]], ""), figure("flops", about["flops"], "FLOP/step of a process, by formula"),
         figure("longest_of_8", dealt, "of the mean"), figure("longest_of_8_in_order", in_order, "of the mean"),
     ]
     show("ddp", figures, args.json)
@@ -80,8 +82,8 @@ def loads(workspace: Workspace, ranks: int, batch: int, steps: int = 50) -> tupl
     return out
 
 
-def launch(processes: int, folder: Path) -> list[dict[str, float]]:
-    """Run this script once per rank; return the seconds of every round, by kind."""
+def launch(processes: int, folder: Path) -> tuple[list[dict[str, float]], dict]:
+    """Run this script once per rank; return the seconds of every round, by kind, and the model's parameters and steps' FLOPs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -128,7 +130,11 @@ def work(args: argparse.Namespace, folder: Path) -> None:
             if turn:
                 rounds.append(seconds)
         if dist.rank() == 0:
-            (folder / "rounds.json").write_text(json.dumps(rounds))
+            m, layout = trainers["alone"].model.config, trainers["alone"].task.layout
+            packed = [p.packed for step in range(20) for p in trainers["alone"].task.batch(step)]
+            about = {"parameters": sum(p.numel() for p in trainers["alone"].model.parameters()),
+                     "flops": [3 * useful_flops(layout, p, m.width, m.encoder_layers, m.decoder_layers) for p in packed]}
+            (folder / "rounds.json").write_text(json.dumps((rounds, about)))
 
 
 if __name__ == "__main__":
