@@ -348,6 +348,7 @@ def test_damaged_checkpoint_is_set_aside_where_asked(space, how):
 
 
 def test_the_last_checkpoint_there_is_is_not_set_aside(space):
+    refused(train(space, "--set-aside", **LONG), 2, "--set-aside needs --resume")
     folder = stop_at(space, 2)
     damage(folder / "checkpoints" / "step-00000002", "one byte")
     before = snapshot(folder)

@@ -144,8 +144,9 @@ def held(pid):
 
 
 def test_one_run_survives_what_a_cluster_does_to_it(cluster, here, tmp_path_factory):  # noqa: F811
-    """Three nodes: time limit, preemption in three ways, a slurmd killed, a rank killed, a node lost. Each costs one start, and the
-    weights are those of a run that nothing happened to, bit for bit; two nodes that go on from its middle see the same samples.
+    """Three nodes: time limit, preemption in three ways, a slurmd killed, a rank killed, a node lost and meanwhile a checkpoint cut
+    in half. Each costs one start, and the weights are those of a run that nothing happened to, bit for bit; two nodes that go on
+    from the middle see the same samples.
     """
     asked = ["tiny.yaml", "train.batch=12", "train.steps=300", "train.checkpoint_every=40", "train.log_keys=true"]
     three = ("--nodes=3", "--time=1", "--signal=B:USR1@40")
@@ -216,8 +217,13 @@ def test_one_run_survives_what_a_cluster_does_to_it(cluster, here, tmp_path_fact
     shutil.copytree(folder, fewer / "runs" / "hurt")
     middle = int(saved()[-1].removeprefix("step-"))
     cluster.script("lose", "worker3")
+    older, cut = saved()  # keep: 2
+    half = folder / "checkpoints" / cut / "model.safetensors"
+    os.truncate(half, half.stat().st_size // 2)
     cluster.script("up", KILL_WAIT=1)
     trains(6)
+    told = f"{cut} is damaged: model.safetensors is not what was written (its sha256 differs); it is damaged-{cut} now"
+    assert said().count(told) == 1 and f"training goes on from {older}" in said()
     cluster.script("up")
     other = cluster.sbatch(fewer, "train", *asked, "name=hurt", options=TWO)
     send(ranks_of(cluster, job), signal.SIGCONT)

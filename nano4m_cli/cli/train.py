@@ -71,6 +71,8 @@ def command(
             raise UsageError("missing argument 'CONFIG'", "nano4m train cfgs/demo.yaml, or nano4m train --status")
         loaded = load_run_config(find_config(config), settings or [])
         workspace = Workspace.at(root)
+        if set_aside and not resume:
+            raise UsageError("--set-aside needs --resume", "without it no checkpoint is read")
         if push and not export:
             raise UsageError("--push needs --export", "--export DIR says where the export is written first")
         if here.ranks > 1 and (export or loaded.task in ("tokenizer", "import")):
