@@ -25,11 +25,11 @@ from collections.abc import Iterable
 class Nano4MError(Exception):
     """An error for users: what is wrong with which thing, and what to do about it.
 
-    said: another process of the run says it.
+    said: another process of the run says it. known: all processes of the run raise it.
     """
 
     exit_code = 1
-    said = False
+    said = known = False
 
     def __init__(self, message: str, hint: str | None = None):
         super().__init__(message)

@@ -107,7 +107,7 @@ def member(root: Path, group: dict) -> int:
     return 0
 
 
-def main() -> None:
+def main(member=member) -> None:
     root, groups = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     (root / "said").mkdir(exist_ok=True)
     codes = []

@@ -6,7 +6,7 @@ import hashlib
 import http.server
 import json
 import threading
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Hub:
@@ -36,7 +36,7 @@ class Hub:
                 self.close_connection = True
                 hub.answer(self, unquote(urlsplit(self.path).path).strip("/").split("/"))
 
-            do_HEAD = do_GET
+            do_HEAD = do_POST = do_GET
 
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
@@ -53,7 +53,7 @@ class Hub:
 
     def answer(self, h, parts: list[str]) -> None:
         if parts[:2] == ["api", "datasets"]:
-            repo, kind, revision = "/".join(parts[2:4]), parts[4], parts[5]
+            repo, kind, revision = "/".join(parts[2:4]), *(parts[4:6] or ["revision", "main"])
             if repo not in self.repos:
                 return self.send(h, 401, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
             if revision not in ("main", self.commit):
@@ -61,6 +61,9 @@ class Hub:
             if kind == "revision":
                 doc = {"id": repo, "sha": self.commit, "private": False, "tags": ["license:mit", "size:n<1K"],
                        "siblings": [{"rfilename": n} for n in self.repos[repo]]}
+            elif kind == "paths-info":
+                asked = parse_qs(h.rfile.read(int(h.headers["Content-Length"])).decode())["paths"]
+                doc = [self.entry((n, self.repos[repo][n])) for n in asked if n in self.repos[repo]]
             else:
                 folder = {"type": "directory", "oid": "0" * 40, "size": 0, "path": "data"}
                 doc = [folder, *map(self.entry, self.repos[repo].items())]
@@ -72,7 +75,7 @@ class Hub:
         if repo in self.gated:
             return self.send(h, 403, b"", {"X-Error-Code": "GatedRepo"})
         body = self.repos.get(repo, {}).get(name)
-        if body is None or parts[4] != self.commit:
+        if body is None or parts[4] not in ("main", self.commit):
             return self.send(h, 404, b"", {"X-Error-Code": "EntryNotFound"})
         told = {"X-Repo-Commit": self.commit}
         if len(body) >= self.lfs_from:
@@ -89,12 +92,13 @@ class Hub:
         if name in self.refused:
             return self.send(h, self.refused[name], b"", {})
         body = self.changed.get(name, body)
-        start, status, ranged = 0, 200, {}
+        start, end, status, ranged = 0, len(body), 200, {}
         if (asked := h.headers.get("Range")) and h.headers.get("If-Range") in (None, etag):
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
-            status, ranged = 206, {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            start, end = int(first), min(int(last or len(body)), len(body) - 1)
+            status, ranged = 206, {"Content-Range": f"bytes {start}-{end}/{len(body)}"}
         cut = self.breaks.pop(name, None)
-        rest = body[start:]
+        rest = body[start : end + 1]
         return self.send(h, status, rest, {"ETag": etag, **ranged, **(told or {})}, rest if cut is None else rest[:cut])
 
     def send(self, h, status: int, body: bytes, told: dict, sent: bytes | None = None) -> None:

@@ -332,7 +332,7 @@ def test_a_stopped_run_says_how_to_go_on(here, monkeypatch, signum, code):
 
     def prepare(config, workspace):
         place = types.SimpleNamespace(name="d", path="data/d")
-        return types.SimpleNamespace(config=config, folder=workspace.root / "runs/c", dataset=place)
+        return types.SimpleNamespace(config=config, folder=workspace.root / "runs/c", dataset=place, warnings=[])
 
     monkeypatch.setattr(core, "prepare", prepare)
     monkeypatch.setattr(core, "start", start)

@@ -15,10 +15,11 @@ from predictors import (
     make_world,
 )
 
+from nano4m_cli.dist import answers
 from nano4m_cli.errors import CheckpointError, DataError
 from nano4m_cli.probes._context import Context
 from nano4m_cli.probes._evaluate import evaluate
-from nano4m_cli.probes.forward_vs_ar import orders, positions, sequential
+from nano4m_cli.probes.forward_vs_ar import orders, positions, sequential_work
 from nano4m_cli.probes.loss import SHRINK, marginal_nll
 from nano4m_cli.registry import PROBES
 from nano4m_cli.spec import read_spec
@@ -229,8 +230,9 @@ def test_some_turns_estimate_all(world):
     assert some.shape == (64, 4) and (np.diff(some, axis=1) > 0).all() and some.min() == 0 and some.max() == 5
     assert (positions(context, "rgb", rows, 6) == np.arange(6)).all()
     order = orders(context, "rgb", rows, True)
-    every = sequential(context, [], "rgb", rows, order, positions(context, "rgb", rows, 6))
-    assert np.allclose(np.take_along_axis(every, some, 1), sequential(context, [], "rgb", rows, order, some))
+    works = [sequential_work(context, [], "rgb", rows, order, picked) for picked in (positions(context, "rgb", rows, 6), some)]
+    every, few = answers(works)
+    assert np.allclose(np.take_along_axis(every, some, 1), few)
 
 
 # -- calibration --------------------------------------------------------------------------------------------------

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 from slurm_factory import SCRIPTS, cluster, wait_for  # noqa: F401
-from workspace_factory import by_hand, copied, linked, records, weights  # noqa: F401
+from workspace_factory import by_hand, config, copied, linked, one_thread, records, weights  # noqa: F401
 
 from nano4m_cli.data.workspace import Workspace
+from nano4m_cli.probes._evaluate import evaluate
+from nano4m_cli.train.run import prepare, start
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 CONFIG = """\
@@ -100,6 +102,33 @@ def test_nodes_train_as_one_process(cluster, here):  # noqa: F811
         for step, parts in shared.items():
             assert [len(p) for p in parts] == [12 // n] * n
             assert sorted(k for p in parts for k in p) == sorted(alone[step][0])
+
+
+def test_two_nodes_evaluate_as_one_process(cluster, here, one_thread):  # noqa: F811
+    """On two nodes, and by two processes that are preempted by TERM to the step alone: the files of one process."""
+    start(prepare(config(here, name="run", train__steps=2, train__checkpoint_every=2), Workspace(here)), False, "cpu", print)
+    folder, asked = here / "runs" / "run" / "eval", ("--run", "run", "--probe", "loss,fusion")
+    evaluate(Workspace(here), "run", ["loss", "fusion"])
+    want = {p.name: p.read_bytes() for p in folder.iterdir()}
+    shutil.rmtree(folder)
+    job = cluster.sbatch(here, "eval", *asked, options=TWO)
+    assert cluster.wait(job) == ["COMPLETED"], log(here, job, "eval")
+    said = log(here, job, "eval")
+    assert "on 2 node(s) worker1 worker2 with 1 process(es) each: nano4m eval --run run" in said
+    assert "worker2 is node 1 of 2" in said and "(2 processes)" in said and "fusion: " in said
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == want and len(want) == 4
+    shutil.rmtree(folder)
+    cluster.script("up", PREEMPT_SIGNAL=0)  # the steps get TERM, the batch shell nothing
+    job = cluster.sbatch(here, "eval", *asked, NANO4M_PROCS="2")
+    pids = wait_for("its processes", lambda: ranks_of(cluster, job, 2))
+    send(pids, signal.SIGSTOP)  # so that it does not end before
+    cluster.call("sbatch", "-purgent", "-N3", "--exclusive", "--output=/dev/null", "--wrap=:", here=here)
+    wait_for("TERM", lambda: "STEP" in log(here, job, "eval"))
+    send(pids, signal.SIGCONT)
+    assert cluster.wait(job) == ["COMPLETED"], log(here, job, "eval")
+    cluster.script("up")
+    assert "preempted: back into the queue (start 1 to come)" in log(here, job, "eval")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == want
 
 
 def first_child(pid):

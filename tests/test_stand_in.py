@@ -18,6 +18,7 @@ from nano4m_cli.data import stream
 from nano4m_cli.data.stand_in import StandIns
 from nano4m_cli.data.stream_order import StreamOrder
 from nano4m_cli.errors import DataError
+from nano4m_cli.train.status import status
 
 
 class Data:
@@ -131,6 +132,7 @@ def damaged(tmp_path, monkeypatch):
     were damaged before they were published."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("workspace_factory.SHARD", 4)
+    monkeypatch.setattr("workspace_factory.SPLITS", {"train": 48, "val": 8})
     origin = make_by_hand(tmp_path / "origin").dataset()
     spoil(origin.tokens("audio", "train") / "shard-000007.tar", [1, 2])
     stream.publish(origin, NAMES)
@@ -153,29 +155,34 @@ def test_lost_shards_are_told_and_counted_and_a_resume_is_exact(damaged, tmp_pat
     workers = trained(root, "workers", **more, train__workers=2)
     assert weights(workers) == weights(whole) and seen(workers) == seen(whole)
     skips = records(whole, "skipped")
-    assert skips == records(workers, "skipped")
+    assert [(r["step"], r["n"]) for r in skips] == [(r["step"], r["n"]) for r in records(workers, "skipped")]
     bad = {*range(4, 8), *range(12, 16), *range(32, 36), 29, 30}
     used = Counter(int(k.removeprefix("train-")) for step in range(1, 7) for k in seen(whole)[step])
     assert not set(used) & bad and sum(used.values()) == 48 and len(used) == 34, "an epoch"
     assert sum(r["n"] for r in skips if r["step"] < 6) == 14
     why = Counter(w for r in skips if r["step"] < 6 for w in r["samples"])
     for said, n in (("rgb/train/shard-000001.tar: HTTP 404", 4), ("caption/train/shard-000003.tar", 4),
-                    ("audio/train/shard-000008.tar: ReadTimeout", 4), ("audio/train/shard-000007.tar, sample 'train-", 2)):
+                    ("audio/train/shard-000008.tar", 4), ("audio/train/shard-000007.tar, sample 'train-", 2)):
         assert sum(count for w, count in why.items() if said in w and damaged.url in w) == n, (said, why)
     lines = [r.note for r in told if r.kind == "skipped"]
-    assert len(lines) == 6 and all("others stand in for its 4 samples in this epoch" in line for line in lines), "two epochs"
-    assert sum("HTTP 404" in line for line in lines) == 2 and lines[0].startswith("warning: step ")
+    assert 6 <= len(lines) <= 9, "once in each of two epochs, and a look into the third"
+    assert all("others stand in for its 4 samples in this epoch" in x and x.startswith("warning: step ") for x in lines)
     # The server is whole again: what was lost stays so for the epoch, by the checkpoint, and comes back in the next.
     damaged.gone, damaged.instead, damaged.stalls = set(), {}, set()
     for step in (9, 12):
         shutil.rmtree(whole / "checkpoints" / f"step-{step:08d}")
     shutil.rmtree(root / "data" / ".cache")
     before, lost = seen(whole), json.loads((whole / "checkpoints" / "step-00000006" / "state.json").read_text())["lost"]
-    assert {shard for _, _, shard, _ in lost} == {1, 3, 8} and {epoch for _, epoch, _, _ in lost} == {0}
+    later = {shard for _, epoch, shard, _ in lost if epoch}  # looked at already by who walked out of the first epoch
+    assert {shard for _, epoch, shard, _ in lost if not epoch} == {1, 3, 8} > later
     resumed = trained(root, "whole", True, **more)
     assert {s: seen(resumed)[s] for s in range(1, 7)} == {s: before[s] for s in range(1, 7)}
     again = Counter(int(k.removeprefix("train-")) for step in range(7, 13) for k in seen(resumed)[step])
-    assert set(again) == {*range(48)} - {29, 30}, "the next epoch has all but the damaged"
+    assert {s for s in range(48) if s // 4 not in later} - {29, 30} <= set(again), "the next epoch has all but the damaged"
+    assert not {29, 30} & set(again)
+    told = [r["step"] for r in records(resumed, "skipped")]
+    assert told == sorted(set(told)), "none twice"
+    assert status(resumed).skipped == sum(r["n"] for r in records(resumed, "skipped")) >= 14
 
 
 def test_with_nothing_lost_it_is_the_same_run(tmp_path, monkeypatch, one_thread):  # noqa: F811

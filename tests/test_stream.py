@@ -177,6 +177,20 @@ def test_a_shard_that_never_comes_is_named(published, tmp_path, quick):
     assert time.monotonic() - began < 30
 
 
+def test_who_waits_for_a_transfer_shares_its_failure(published, tmp_path, quick):
+    """A shard that is due while it is being fetched ahead is not tried for as long again."""
+    server, _ = published
+    name = "tokens/audio/train/shard-000001.tar"
+    server.stalls.add(name)
+    far = opened(server, here(tmp_path), wait=1.6)
+    far.soon([1])
+    while name not in server.asked:
+        time.sleep(0.01)
+    with pytest.raises(DataError, match=f"{name}.*5 attempts"):
+        far.read(np.arange(16, 20))
+    assert server.asked.count(name) == 5
+
+
 def test_other_bytes_are_refused(published, tmp_path, quick):
     server, origin = published
     name = "tokens/rgb/train/shard-000000.tar"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
@@ -33,17 +34,22 @@ def test_a_disk_that_fills_up_while_a_shard_comes(published, tmp_path):  # noqa:
         (tmp_path / "small" / "others").write_bytes(bytes(size // 2))
         with pytest.raises(DataError) as caught:
             far.read(np.arange(4))
-        assert "no room for" in caught.value.message and f"{server.url}/tokens/rgb/train/shard-000000.tar" in caught.value.message
+        assert re.search("no room for|the disk is full", caught.value.message)
+        assert f"{server.url}/tokens/rgb/train/shard-000000.tar" in caught.value.message
         assert "data.cache" in caught.value.hint and not list((tmp_path / "small").glob("*.tar"))
         (tmp_path / "small" / "others").unlink()
-        with pytest.raises(DataError, match="no room"):
+        with pytest.raises(DataError, match="no room|the disk is full"):
             far.read(np.arange(4))  # one fits, but not those of three modalities at a time
+        del far, caught
+        gc.collect()  # a mapped file holds its disk
     with disk(tmp_path / "small", 4096 * (16 + 4 * size // 4096)):
         far = opened(server, here(tmp_path), folder=str(tmp_path / "small"))
         for shard in (0, 1, 2, 0):  # older ones make room, though data.cache_gb allows more than the disk has
             assert np.array_equal(far.read(np.arange(4) + 16 * shard)[0], local.read(np.arange(4) + 16 * shard)[0])
             for column in far.columns:
                 column.split._maps.clear()
+        del far
+        gc.collect()
 
 
 @pytest.mark.parametrize("scheme", ["http", "memory"])
@@ -59,7 +65,7 @@ def test_a_write_that_fails_leaves_nothing_that_looks_whole(published, tmp_path,
     cache = ShardCache(tmp_path / "cache", 1 << 30)
     cache.folder.mkdir()
     monkeypatch.setattr("nano4m_cli.data.shard_cache.BLOCK", 4096)
-    with disk(cache.folder, 4096 * (4 + len(body) // 8192)):
+    with disk(cache.folder, 4096 * (1 + len(body) // 8192)):
         monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))  # others fill it
         with pytest.raises(DiskError, match="the disk is full: cannot write") as caught:
             cache.get(file)
@@ -107,10 +113,10 @@ def test_other_file_systems_tell_a_break_from_a_write_that_fails(tmp_path):
 
 
 def test_a_cache_too_small_is_told_and_what_is_said_will_do(tmp_path, monkeypatch, one_thread):  # noqa: F811
-    """32 shards of 3 modalities, 2 lanes: with what the warning asks for, an epoch fetches each once; without, some again."""
+    """16 shards of 3 modalities, 2 lanes: with what the warning asks for, an epoch fetches each once; without, some again."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("workspace_factory.SHARD", 4)
-    monkeypatch.setattr("workspace_factory.SPLITS", {"train": 128, "val": 8})
+    monkeypatch.setattr("workspace_factory.SPLITS", {"train": 64, "val": 8})
     monkeypatch.setattr("nano4m_cli.data.stream.ASK_AGAIN", 0.0)
     monkeypatch.setattr("nano4m_cli.data.stream.KEPT", 2)
     origin = make_by_hand(tmp_path / "origin").dataset()
@@ -123,18 +129,18 @@ def test_a_cache_too_small_is_told_and_what_is_said_will_do(tmp_path, monkeypatc
     def epoch(name, gigabytes):
         before = len(server.tars())
         prepared = prepare(config(space.root, data__cache=tmp_path / name, data__cache_gb=gigabytes, **more), space)
-        for step in range(16):
+        for step in range(8):
             prepared.task.batch(step)
         return prepared.warnings, Counter(server.tars()[before:])
 
-    at_once = 2 * 3 * sum(sizes) / 32
+    at_once = 2 * 3 * sum(sizes) / 16
     (warning,), asked = epoch("small", 0.7 * at_once / 1e9)
     found = re.fullmatch(r"a cache of \S+ GB holds less than the (\S+) GB of shards that this node reads at a time: they will be "
                          r"fetched again and again; data.cache_gb=(\S+) would do", warning)
     assert float(found[1]) == pytest.approx(at_once / 1e9, rel=0.01) and max(asked.values()) > 1
     assert float(found[2]) == pytest.approx(2 * at_once * 1.01 / 1e9, rel=0.01)
     warnings, asked = epoch("enough", float(found[2]))
-    assert warnings == [] and len(asked) >= 96 and set(asked.values()) == {1}
+    assert warnings == [] and len(asked) >= 48 and set(asked.values()) == {1}
     (space.root / "tiny.yaml").write_text("{}")
     told = {**more, "data__cache_gb": 1e-5, "name": "dry"}
     result = run("train", space.root / "tiny.yaml", *settings(**told), "--dry-run", "--json", "--root", space.root)

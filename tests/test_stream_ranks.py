@@ -40,6 +40,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NO_PROXY", "127.0.0.1")
         patch.setattr("workspace_factory.SHARD", 4)
+        patch.setattr("workspace_factory.SPLITS", {"train": 48, "val": 8})
         origin = make_by_hand(root / "origin")
         stream.publish(origin.dataset(), NAMES)
         server, space = Server(origin.dataset().path), Workspace(root)

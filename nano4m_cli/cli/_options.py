@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from nano4m_cli.errors import UsageError
+from nano4m_cli.errors import Nano4MError, UsageError
 
 Root = Annotated[
     Path | None,
@@ -37,6 +39,28 @@ def share(text: str | None) -> tuple[int, int]:
     if not found or not int(found[1]) < int(found[2]):
         raise UsageError(f"--shard {text} is not of the form I/N with I from 0 to N - 1", "for example --shard 0/4")
     return int(found[1]), int(found[2])
+
+
+@contextlib.contextmanager
+def said_once(first: bool) -> Iterator[None]:
+    """Let the first process alone say what is wrong with the command line, which all of them read."""
+    try:
+        yield
+    except Nano4MError as err:
+        err.said = not first
+        raise
+
+
+def by_one_process(what: str, hint: str = "start it without torchrun") -> None:
+    """Refuse several processes, as torchrun starts them, where each would do all of the work; the first says so."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    from nano4m_cli import dist
+
+    here = dist.place()
+    with said_once(here.first):
+        if here.ranks > 1:
+            raise UsageError(f"{what} by one process, this is one of {here.ranks}", hint)
 
 
 def pick_device(name: DeviceName) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nano4m_cli.cli._options import DeviceName, pick_device
+from nano4m_cli.cli._options import DeviceName, pick_device, said_once
 from nano4m_cli.cli._show import Show
 
+MINUTES = 30.0  # that processes wait for each other: more than the longest piece of work takes
 HEAD = ("metric", "value", "95% interval", "n", "chance", "majority", "ceiling", "reference", "trained")
 
 
@@ -24,16 +26,25 @@ def run_probes(
     show: Show, kind: str, root: Path | None, run: str | None, probes: list[str], split: str | None,
     limit: int | None, device: DeviceName, settings: Sequence[str] = (), report: bool = False,
 ) -> None:
+    from nano4m_cli import dist
     from nano4m_cli.data.workspace import Workspace
 
-    workspace = Workspace.at(root)
-    show.say(f"run: {workspace.run(run)}")
+    here = dist.place()
+    show.mute_others(here.first)
+    with said_once(here.first):
+        workspace, picked = Workspace.at(root), pick_device(device)
+        path = workspace.run(run)
+    beside = f" ({here.ranks} processes)" if here.ranks > 1 else ""
+    show.say(f"run: {path}{beside}")
     from nano4m_cli.probes._evaluate import evaluate
     from nano4m_cli.report._tradeoffs import tables
 
-    with show.work() as work:
+    if here.ranks > 1:  # a launcher may have them ignored, for workers that stop in order: here nothing is left half done
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+    with dist.joined(picked, MINUTES, "start the evaluation again") as own, show.work() as work:
         done = evaluate(
-            workspace, run, probes, split, limit, kind=kind, progress=work.progress, device=pick_device(device), settings=settings,
+            workspace, run, probes, split, limit, kind=kind, progress=work.progress, device=own, settings=settings,
             **({"only_report": True} if report else {}),
         )
     for result in done.results:

@@ -32,6 +32,10 @@ class Show:
         self.as_json, self.quiet, self.mute = as_json, quiet or mute, mute
         self._live: Any = None  # the rich display that owns the terminal just now
 
+    def mute_others(self, first: bool) -> None:
+        """Let the first process of several speak alone."""
+        self.mute, self.quiet = self.mute or not first, self.quiet or not first
+
     # -- stderr ---------------------------------------------------------------------------------------------------
 
     def say(self, text: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nano4m_cli.cli._comparing import compare_runs
-from nano4m_cli.cli._options import Device, Json, Quiet, Root, names
+from nano4m_cli.cli._options import Device, Json, Quiet, Root, by_one_process, names
 from nano4m_cli.cli._probing import list_probes, run_probes
 from nano4m_cli.cli._show import Show
 from nano4m_cli.errors import UsageError
@@ -55,12 +55,15 @@ def command(
     nano4m eval --probe decoding decoding.direction="caption->rgb"
     nano4m eval --compare demo other another
     nano4m eval --site site --run demo --run digits
+    torchrun --nproc_per_node=4 -m -- nano4m_cli eval
 
     --json: {run, report, files, skipped: {PROBE: reason}, results: [{probe, title, metrics: [{name, value, n, ci95,
     chance, ...}], notes, ...}]}; with --list {probes: {NAME: summary}}; with --site {site, runs, files, bytes}; with --compare what
     compare.json holds: {file, base, runs, pairs: [{run, figures: [{name, base, other, difference, ci95, p_holm, ...}]}], ...}.
     """
     show = Show(as_json, quiet)
+    if list_ or report or site is not None or compare is not None:
+        by_one_process("lists, reports, comparisons and sites are made")
     if list_:
         list_probes(show, "eval")
     elif site is not None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nano4m_cli.cli._options import Json, Quiet, Root, Settings, Workers
+from nano4m_cli.cli._options import Json, Quiet, Root, Settings, Workers, by_one_process
 from nano4m_cli.cli._show import Show
 from nano4m_cli.errors import FetchError, UsageError
 
@@ -43,6 +43,7 @@ def command(
     from nano4m_cli.registry import FILTERS, LABELS, SOURCES
 
     show = Show(as_json, quiet)
+    by_one_process("nano4m fetch runs", "without torchrun; --workers N uses as many processes")
     if list_ and source is not None:
         _options(show, SOURCES.get(source).Options, source, SOURCES.summary(source))
         return

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nano4m_cli.cli._options import Device, Json, Quiet, Root, names, pick_device, share
+from nano4m_cli.cli._options import Device, Json, Quiet, Root, by_one_process, names, pick_device, share
 from nano4m_cli.cli._show import Show
 from nano4m_cli.errors import UsageError
 
@@ -116,6 +116,7 @@ def command(
     hint}], samples, seconds, samples_per_s}.
     """
     show = Show(as_json, quiet)
+    by_one_process("nano4m generate runs", "without torchrun; --requests FILE --shard I/N gives each of N jobs a share")
     options = {
         "scheme": scheme, "steps": steps, "schedule": schedule, "temperature": temperature, "noise": noise,
         "text_temperature": text_temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition": repetition,

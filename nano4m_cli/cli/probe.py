@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from nano4m_cli.cli._options import Device, Json, Quiet, Root, names
+from nano4m_cli.cli._options import Device, Json, Quiet, Root, by_one_process, names
 from nano4m_cli.cli._probing import list_probes, run_probes
 from nano4m_cli.cli._show import Show
 
@@ -28,11 +28,13 @@ def command(
     nano4m probe linear
     nano4m probe attentive attentive.steps=400
     nano4m probe --list
+    torchrun --nproc_per_node=4 -m -- nano4m_cli probe
 
     --json: as of eval.
     """
     show = Show(as_json, quiet)
     if list_:
+        by_one_process("lists are made")
         list_probes(show, "probe")
     else:
         settings = [p for p in probes or [] if "=" in p]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from nano4m_cli.cli._app import stopped
-from nano4m_cli.cli._options import DryRun, Json, Quiet, Root, Workers, names, share
+from nano4m_cli.cli._options import DryRun, Json, Quiet, Root, Workers, by_one_process, names, share
 from nano4m_cli.cli._show import Show
 from nano4m_cli.errors import DataError, UsageError, did_you_mean
 
@@ -50,6 +50,7 @@ def command(
     with --publish {dataset, manifest}; with --list {tokenizers: {NAME: summary}}.
     """
     show = Show(as_json, quiet)
+    by_one_process("nano4m tokenize runs", "without torchrun; --shard I/N gives each of N jobs a share of the shards")
     if list_:
         from nano4m_cli.registry import TOKENIZERS
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from nano4m_cli.cli._app import stopped
-from nano4m_cli.cli._options import Device, Json, Quiet, Root, Settings, pick_device
+from nano4m_cli.cli._options import Device, Json, Quiet, Root, Settings, pick_device, said_once
 from nano4m_cli.cli._show import Show
-from nano4m_cli.errors import ConfigError, Nano4MError, UsageError, did_you_mean
+from nano4m_cli.errors import ConfigError, UsageError, did_you_mean
 
 FOLDER = Path("cfgs")  # where configs named without a folder are
 
@@ -66,7 +64,7 @@ def command(
     if status:
         _status(show, Workspace.at(root), config)
         return
-    with _said_once(here.first):
+    with said_once(here.first):
         if config is None:
             raise UsageError("missing argument 'CONFIG'", "nano4m train cfgs/demo.yaml, or nano4m train --status")
         loaded = load_run_config(find_config(config), settings or [])
@@ -86,16 +84,6 @@ def command(
         work(show, workspace, loaded, resume, device, dry_run)
     else:
         _train(show, workspace, loaded, (resume, set_aside), device, dry_run, quiet)
-
-
-@contextlib.contextmanager
-def _said_once(first: bool) -> Iterator[None]:
-    """Let the first process alone say what is wrong with the command line, which all of them read."""
-    try:
-        yield
-    except Nano4MError as err:
-        err.said = not first
-        raise
 
 
 def find_config(given: str) -> Path:
@@ -119,7 +107,7 @@ def _train(show: Show, workspace: Any, config: Any, resume: tuple[bool, bool], d
     from nano4m_cli.train.run import prepare, start
 
     stop, figures = None, {}
-    with _said_once(dist.place().first):
+    with said_once(dist.place().first):
         device = pick_device(device)
     with dist.joined(device, config.train.timeout) as own:
         with dist.together():
@@ -245,6 +233,7 @@ def _status(show: Show, workspace: Any, name: str | None) -> None:
         ("last record", ago(found.silence)),
         ("checkpoint", None if found.checkpoint is None else f"{found.checkpoint}, {ago(found.checkpoint_age)}"),
         ("train loss", found.train.get("loss")), ("val loss", found.val.get("loss")), ("stalls", found.stalls),
+        ("samples skipped", found.skipped or None),
         *((name.replace("_", " "), f"{v['min']:.4g} / {v['median']:.4g} / {v['max']:.4g}")
           for name, v in found.speed.items() if isinstance(v, dict)),
     ]

@@ -208,8 +208,8 @@ class TokenData:
             share: of the lanes, that processes of this node take.
         """
         whole = sum(shard.file.bytes for column in self.columns for shard in column.split.shards)
-        at_once = max(1.0, order.lanes * share) * (order.window + 1) * whole / len(self.split.shards)
-        if max_bytes >= min(at_once, whole):
+        at_once = min(max(1.0, order.lanes * share) * (order.window + 1) * whole / len(self.split.shards), whole)
+        if max_bytes >= at_once:
             return None
         enough = min(2 * at_once, whole) * 1.01
         return (f"a cache of {max_bytes / 1e9:.3g} GB holds less than the {at_once / 1e9:.3g} GB of shards that this node reads at "

@@ -33,7 +33,7 @@ from nano4m_cli.data.workspace import DatasetFolder, Workspace
 from nano4m_cli.errors import DataError, FetchError, Nano4MError, ShardError
 
 MANIFEST, REMOTE, FORMAT = "manifest.json", "remote.json", 1
-AT_ONCE = 4  # transfers of one process
+AT_ONCE = 4  # transfers of one modality in one process, due and soon each
 KEPT = 16  # shards of a modality that a process keeps mapped at least
 ASK_AGAIN = 60.0  # seconds after which a shard that is due soon is looked for again: it may have been thrown out
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
+from nano4m_cli import dist
 from nano4m_cli.model.base import TokenModel
 from nano4m_cli.model.batch import pack
 from nano4m_cli.spec import Layout
@@ -28,14 +31,42 @@ def slot_nll(
     Args:
         inside_NC: the slots that each sample has: what a model that sees every slot must be asked for.
     """
-    out = np.full(asked_NC.shape, np.nan)
-    chunk = chunk_size(model.layout, asked_NC)
-    for a in range(0, len(ids_NC), chunk):
-        rows = slice(a, a + chunk)
-        asked = inside_NC[rows] & ~shown_NC[rows] if model.wholly else asked_NC[rows]
-        if not asked.any():
-            continue
+    return dist.answers([nll_work(model, ids_NC, shown_NC, asked_NC, inside_NC)])[0]
+
+
+def nll_work(
+    model: TokenModel, ids_NC: np.ndarray, shown_NC: np.ndarray, asked_NC: np.ndarray, inside_NC: np.ndarray
+) -> dist.Work[np.ndarray]:
+    """Return what `slot_nll` does, in pieces."""
+    parts = posed(model, shown_NC, asked_NC, inside_NC)
+
+    def piece(rows: slice, asked: np.ndarray) -> np.ndarray:
         packed = pack(model.layout, ids_NC[rows], shown_NC[rows], asked, model.config.registers).to(model.device)
         with torch.inference_mode():
-            out[rows][asked] = model.nll(packed).cpu().numpy()
-    return np.where(asked_NC, out, np.nan)
+            return model.nll(packed).cpu().numpy()
+
+    def join(found: list[np.ndarray]) -> np.ndarray:
+        out = np.full(asked_NC.shape, np.nan)
+        for (rows, asked), values in zip(parts, found, strict=True):
+            out[rows][asked] = values
+        return np.where(asked_NC, out, np.nan)
+
+    return dist.Work([partial(piece, *p) for p in parts], join, [cost(shown_NC[rows], asked) for rows, asked in parts])
+
+
+def posed(
+    model: TokenModel, shown_NC: np.ndarray, asked_NC: np.ndarray, inside_NC: np.ndarray
+) -> list[tuple[slice, np.ndarray]]:
+    """Return the samples that are asked at once, with what the model is asked for there; none where nothing is."""
+    out, chunk = [], chunk_size(model.layout, asked_NC)
+    for a in range(0, len(shown_NC), chunk):
+        rows = slice(a, min(a + chunk, len(shown_NC)))
+        asked = inside_NC[rows] & ~shown_NC[rows] if model.wholly else asked_NC[rows]
+        if asked.any():
+            out.append((rows, asked))
+    return out
+
+
+def cost(shown_NC: np.ndarray, asked_NC: np.ndarray) -> float:
+    """Return about how much a question costs: its tokens."""
+    return float(shown_NC.sum() + asked_NC.sum())

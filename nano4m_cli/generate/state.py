@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,13 @@ class State:
         more = [None if x is None else x[index] for x in (self.seed_B, self.away_ids_BC, self.away_BC)]
         work = {t: w[index] for t, w in self.work.items()}
         return State(self.ids_BC[index], self.known_BC[index], self.request_B[index], values, *more, work)
+
+    @staticmethod
+    def joined(parts: Sequence[State]) -> State:
+        """Return one state of several that were filled alike, without what they began from (seeds, what is moved away from)."""
+        cat = lambda of: np.concatenate([of(p) for p in parts])  # noqa: E731
+        values, work = ({t: cat(lambda p: getattr(p, name)[t]) for t in getattr(parts[0], name)} for name in ("values", "work"))  # noqa: B023
+        return State(cat(lambda p: p.ids_BC), cat(lambda p: p.known_BC), cat(lambda p: p.request_B), values, work=work)
 
     def uniform(self, seed: int, stream: str, row: np.ndarray, *counters: Any) -> np.ndarray:
         """Return numbers in (0, 1) of (the row's seed, stream, the row's request, counters), of their broadcast shape."""

@@ -11,13 +11,18 @@ from nano4m_cli.probes._result import Findings
 
 
 class Probe(ABC):
-    """Measures one thing. A change of what a figure means raises `version`. costly: it runs only where it is named."""
+    """Measures one thing, by itself or as one of several processes that share the work out (`Context.answers`, `Context.spread`).
+
+    A change of what a figure means raises `version`. costly: it runs only where it is named. alone: why one process alone can
+    measure it ("": several can).
+    """
 
     class Options(Config):
         pass
 
     version: ClassVar[int] = 1
     costly: ClassVar[bool] = False
+    alone: ClassVar[str] = ""
 
     def __init__(self, options: Config | None = None):
         self.options = options or self.Options()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from nano4m_cli.data.shards import Split
+from nano4m_cli.dist import Work
 from nano4m_cli.probes._context import Context
+from nano4m_cli.probes._pieces import text_work
 from nano4m_cli.registry import MODALITIES
 
 PROMPTS = 8  # captions of a class that stand for it, at most
@@ -117,13 +119,13 @@ def questions(context: Context) -> tuple[list[Options], list[np.ndarray], np.nda
     return rows, tokenizer.encode(strings), np.array(owner, dtype=np.int64)
 
 
-def prior_of(context: Context, texts: Sequence[np.ndarray]) -> np.ndarray:
-    """Return (A,): mean log p per token of captions given nothing; equal ones are scored once."""
+def prior_work(context: Context, texts: Sequence[np.ndarray]) -> Work[np.ndarray]:
+    """Ask for (A,): mean log p per token of captions given nothing; equal ones are scored once."""
     keys = [t.tobytes() for t in texts]
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
     place = {key: k for k, key in enumerate(first)}
-    score = context.text_logp([], "caption", [texts[i] for i in first.values()], np.zeros(len(first), dtype=np.int64))
-    return score[[place[key] for key in keys]]
+    work = text_work(context, [], "caption", [texts[i] for i in first.values()], np.zeros(len(first), dtype=np.int64))
+    return replace(work, join=lambda parts: work.join(parts)[[place[key] for key in keys]])
 
 
 def prompts(context: Context, attribute: str) -> tuple[list[str], list[list[str]]]:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
-import torch
 
+from nano4m_cli import dist
 from nano4m_cli.data.loader import TokenData
 from nano4m_cli.data.shards import Split
 from nano4m_cli.data.sources._base import DatasetInfo
 from nano4m_cli.errors import DataError
-from nano4m_cli.generate.likelihood import CHUNK, chunk_size, slot_nll
-from nano4m_cli.generate.sampler import GenerateOptions, State, chain, resolve
+from nano4m_cli.generate.likelihood import slot_nll
+from nano4m_cli.generate.sampler import GenerateOptions, State, resolve
 from nano4m_cli.masking._mixture import IN_DISTRIBUTION, direction
 from nano4m_cli.model.batch import Packed, pack
+from nano4m_cli.probes import _pieces as pieces
 from nano4m_cli.probes._result import Direction
 from nano4m_cli.registry import MODALITIES
 from nano4m_cli.tokenizers._base import Tokenizer, open_tokenizer
@@ -177,51 +179,17 @@ class Context:
         """Return (N, C): -log p in nats of each asked slot (NaN elsewhere)."""
         return slot_nll(self.model, self.ids_NC, shown_NC, asked_NC, self.inside_NC)
 
-    def candidate_logp(self, shown_NC: np.ndarray, target: str, ids_MS: np.ndarray) -> np.ndarray:
-        """Return (n, M) for the first n samples: log p of each candidate's ids of a grid or codes target, asked whole
-        at once, slot by slot independent."""
-        columns, parts = self.columns(target), []
-        slots = int(columns.sum())
-        chunk = chunk_size(self.layout, (self.columns(*self.names) if self.model.wholly else columns)[None])
-        for a in range(0, len(shown_NC), chunk):
-            rows = slice(a, min(a + chunk, len(shown_NC)))
-            shown = shown_NC[rows]
-            # A model that sees every slot is asked for all that is not shown; the answers that are not wanted are left.
-            asked = (self.inside_NC[rows] & ~shown) if self.model.wholly else np.broadcast_to(columns, shown.shape)
-            packed = self.pack(self.ids_NC[rows], shown, asked)
-            wanted_T = columns[packed.dec_col.cpu().numpy()]
-            place_T = torch.from_numpy(np.cumsum(wanted_T) - 1)
-            with torch.inference_mode():
-                whole = torch.empty(len(shown) * slots, max(self.layout.sizes[g] for g in set(self.layout.group_C[columns])))
-                for index, l in zip(packed.group_index, self.model(packed), strict=True):
-                    if index is not None and wanted_T[int(index[0])]:
-                        whole[place_T[index.cpu()]] = l.float().log_softmax(-1).cpu()
-            logp = whole.view(len(shown), slots, -1).numpy()
-            parts.append(logp[:, np.arange(slots), ids_MS].sum(-1, dtype=np.float64))
-        return np.concatenate(parts)
+    def answers(self, what: str, works: Sequence[dist.Work[Any]]) -> list[Any]:
+        """Return the answers of questions; several processes share them out. Without `what` no progress is told."""
+        return dist.answers(works, partial(self.progress, what)) if what else dist.answers(works)
 
-    def text_logp(self, sources: Sequence[str], target: str, texts: list[np.ndarray], owner: np.ndarray) -> np.ndarray:
-        """Return (A,) mean log p per token of texts given the sources of sample `owner`; each source is encoded once."""
-        columns = self.layout.slice(target)
-        shown_NC = self.inside_NC & self.columns(*sources)
-        out = np.zeros(len(texts))
-        order = np.argsort(owner, kind="stable")
-        for a in range(0, self.n, CHUNK):
-            mine = order[(owner[order] >= a) & (owner[order] < a + CHUNK)]
-            for b in range(0, len(mine), 1500):
-                some = mine[b : b + 1500]
-                ids = np.zeros((len(some), self.layout.columns), dtype=np.int64)
-                asked = np.zeros(ids.shape, dtype=bool)
-                for r, t in enumerate(some):
-                    ids[r, columns.start : columns.start + len(texts[t])] = texts[t]
-                    asked[r, columns.start : columns.start + len(texts[t])] = True
-                who, context = np.unique(owner[some], return_inverse=True)
-                packed = self.pack(self.ids_NC[who], shown_NC[who], asked, (ids, context))
-                with torch.inference_mode():
-                    nll = self.model.nll(packed).cpu().numpy().astype(np.float64)
-                lengths = asked.sum(1)
-                out[some] = -np.add.reduceat(nll, np.cumsum(lengths) - lengths) / lengths
-        return out
+    def spread(
+        self, what: str, items: Sequence[Any], work: Callable[[Any], Any], costs: Sequence[float] | None = None
+    ) -> list[Any]:
+        """Return [work(item) for item in items]; several processes share them out (see `dist.spread`)."""
+        return dist.spread(items, work, costs, partial(self.progress, what))
+
+    # -- what the model makes -------------------------------------------------------------------------------------
 
     def sampling(self, targets: Sequence[str], options: GenerateOptions | None = None) -> GenerateOptions:
         """Return the options that targets are generated with."""
@@ -231,31 +199,51 @@ class Context:
         self, sources: Sequence[str], targets: Sequence[str], options: GenerateOptions | None = None, limit: int | None = None
     ) -> State:
         """Return the first `limit` samples with the targets generated from the sources; kept for other probes."""
-        options, n = self.sampling(targets, options), self.n if limit is None else min(limit, self.n)
-        key = (tuple(sources), tuple(targets), options, n)
-        if key not in self._generated:
-            known = self.inside_NC[:n] & self.columns(*sources)
-            state = State(np.where(known, self.ids_NC[:n], 0), known, np.arange(n))
-            chain(self.model, state, targets, options, batch=CHUNK)
-            self._generated[key] = state
-        return self._generated[key]
+        return self.generated([Made(sources, targets, options, limit)])[0]
+
+    def generated(self, asked: Sequence[Made], what: str = "generated") -> list[State]:
+        """Return what `generate` does for each; several processes share all of it out."""
+        keys = [a.key(self) for a in asked]
+        todo = list(dict.fromkeys(k for k in keys if k not in self._generated))
+        self._generated.update(zip(todo, self.answers(what, [pieces.chain_work(self, *k) for k in todo]), strict=True))
+        return [self._generated[k] for k in keys]
 
     def decoded(self, sources: Sequence[str], targets: Sequence[str], modality: str, options: GenerateOptions | None = None,
                 limit: int | None = None) -> list[Any]:
         """Return the raw values of a generated modality (of the first `limit` samples); kept for other probes."""
-        key = (tuple(sources), tuple(targets), modality, self.sampling(targets, options), limit)
-        if key not in self._decoded:
-            state = self.generate(sources, targets, options, limit)
-            self._decoded[key] = state.decode(self.layout, modality, self.tokenizer(modality), CHUNK)
-        return self._decoded[key]
+        made = Made(sources, targets, options, limit)
+        self.ahead([(made, modality)])
+        return self._decoded[(*made.key(self), modality)]
 
     def round_trip(self, modality: str, limit: int | None = None) -> list[Any]:
         """Return what the tokenizer makes of the true ids (of the first `limit` samples); kept for other probes."""
-        key = ("round trip", modality, limit)
-        if key not in self._decoded:
-            ids, tokenizer = self.ids(modality)[:limit], self.tokenizer(modality)
-            self._decoded[key] = [raw for a in range(0, len(ids), CHUNK) for raw in tokenizer.decode(ids[a : a + CHUNK])]
-        return self._decoded[key]
+        self.ahead(round_trips=[(modality, limit)])
+        return self._decoded["round trip", modality, limit]
+
+    def ahead(
+        self, decoded: Sequence[tuple[Made, str]] = (), round_trips: Sequence[tuple[str, int | None]] = (), what: str = "decoded"
+    ) -> None:
+        """Make what will be asked of `decoded` and `round_trip`; several processes share all of it out."""
+        states = self.generated([made for made, _ in decoded], what)
+        works = {("round trip", *asked): pieces.round_trip_work(self, *asked) for asked in round_trips}
+        for (made, modality), state in zip(decoded, states, strict=True):
+            works[*made.key(self), modality] = pieces.decode_work(self, state, modality)
+        works = {key: work for key, work in works.items() if key not in self._decoded}
+        self._decoded.update(zip(works, self.answers(what, list(works.values())), strict=True))
+
+
+@dataclass(frozen=True)
+class Made:
+    """What is generated of the first `limit` samples: targets from sources."""
+
+    sources: Sequence[str]
+    targets: Sequence[str]
+    options: GenerateOptions | None = None
+    limit: int | None = None
+
+    def key(self, context: Context) -> tuple:
+        n = context.n if self.limit is None else min(self.limit, context.n)
+        return tuple(self.sources), tuple(self.targets), context.sampling(self.targets, self.options), n
 
 
 def missing(context: Context, *modalities: str) -> str | None:

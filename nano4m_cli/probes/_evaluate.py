@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from nano4m_cli import dist
 from nano4m_cli.config import apply_overrides, build
 from nano4m_cli.data._atomic import atomic_file, write_json
 from nano4m_cli.data.workspace import Workspace
-from nano4m_cli.errors import DataError, UnknownNameError, did_you_mean
+from nano4m_cli.errors import DataError, UnknownNameError, UsageError, did_you_mean
+from nano4m_cli.probes._base import Probe
 from nano4m_cli.probes._context import Context
 from nano4m_cli.probes._result import Metric, Result
 from nano4m_cli.registry import PROBES
@@ -57,14 +59,51 @@ def evaluate(
 ) -> EvalReport:
     """Run the named probes (default: all of the kind but costly ones), write eval/<probe>.json each, the gallery and the report.
 
-    The same checkpoint, split and limit give the same files, but for measured seconds (probe decoding). A probe that the data
-    set or run cannot serve is left out with its reason, unless it was named: then that reason is the error.
+    The same checkpoint, split and limit give the same files, but for measured seconds (probe decoding); so do several processes
+    that have met (`dist.joined`) and share the work of each probe, the first of which writes. A probe that the data set or run
+    cannot serve is left out with its reason, unless it was named: then that reason is the error.
 
     Args:
         settings: "PROBE.KEY=VALUE", options of the probes that are run.
         only_report: run none; write the gallery and the report of the results that are there (of jobs that ran a probe each).
     """
     progress = progress or (lambda what, done, total: None)
+    with dist.together():
+        made = _asked(kind, probes, settings, only_report)
+        run = open_run(workspace, run_name, device)
+        context = Context(run, split or _held_out(run), limit, seed, progress)
+    report = EvalReport(run.name)
+    folder = run.path / "eval"
+    for i, (name, probe) in enumerate(made.items()):
+        progress(f"probe {name}", i, len(made))
+        with dist.together():
+            lack = probe.missing(context)
+            if lack and probes:
+                raise DataError(f"probe '{name}' cannot run here: {lack}")
+            if lack:
+                report.skipped[name] = lack
+                continue
+            result = _measured(name, probe, context, settings)
+            path = folder / f"{name}.json"
+            report.results.append(result)
+            report.files += [path, path.with_suffix(".samples.safetensors")]
+            if dist.rank() == 0:
+                write_json(path, result.model_dump(mode="json"))
+                _write_samples(context, result.metrics, report.files[-1])
+    progress("probes", len(made), len(made))
+    with dist.together():
+        if kind == "eval" and not probes:
+            from nano4m_cli.probes._gallery import write_gallery
+
+            report.files.append(write_gallery(context, folder / "gallery"))
+        from nano4m_cli.report.build import build as build_report
+
+        report.report = dist.by_first(lambda: build_report(run.path))
+    return report
+
+
+def _asked(kind: str, probes: Sequence[str], settings: Sequence[str], only_report: bool) -> dict[str, Probe]:
+    """Return the probes to run, with their options, in order."""
     known = listing(kind)
     for name in probes:
         if name not in known:
@@ -75,49 +114,32 @@ def evaluate(
         if name not in wanted:
             raise UnknownNameError(f"settings of '{name}', which is no probe of this evaluation", did_you_mean(name, wanted))
     made = {n: PROBES.get(n)(build(PROBES.get(n).Options, options.get(n, {}), n)) for n in wanted}
-    run = open_run(workspace, run_name, device)
-    context = Context(run, split or _held_out(run), limit, seed, progress)
-    report = EvalReport(run.name)
-    folder = run.path / "eval"
-    for i, name in enumerate(wanted):
-        progress(f"probe {name}", i, len(wanted))
-        probe = made[name]
-        lack = probe.missing(context)
-        if lack:
-            if probes:
-                raise DataError(f"probe '{name}' cannot run here: {lack}")
-            report.skipped[name] = lack
-            continue
-        found = probe.measure(context)
-        directions = sorted({m.name.rpartition("/")[0] for m in found.metrics if "->" in m.name})
-        posed = {d: context.posed(d) for d in directions}
-        metrics = [
-            m.model_copy(update={"in_distribution": posed[d].value}) if (d := m.name.rpartition("/")[0]) in posed
-            and m.in_distribution is None else m  # a probe that asks several questions for one figure says so itself
-            for m in found.metrics
-        ]
-        result = Result(
-            probe=name, version=probe.version, title=PROBES.summary(name), split=context.split, seed=seed, run=run.name,
-            checkpoint=run.checkpoint.name, data=run.dataset.name, commit=commit(), metrics=metrics, in_distribution=posed,
-            notes=found.notes, plots=found.plots,
-            settings={"limit": limit, "samples": context.n, **({"options": " ".join(settings)} if settings else {})},
-        )
-        path = folder / f"{name}.json"
-        write_json(path, result.model_dump(mode="json"))
-        report.results.append(result)
-        report.files += [path, _write_samples(context, metrics, path.with_suffix(".samples.safetensors"))]
-    progress("probes", len(wanted), len(wanted))
-    if kind == "eval" and not probes:
-        from nano4m_cli.probes._gallery import write_gallery
-
-        report.files.append(write_gallery(context, folder / "gallery"))
-    from nano4m_cli.report.build import build as build_report
-
-    report.report = build_report(run.path)
-    return report
+    for name, probe in made.items():
+        if probe.alone and dist.ranks() > 1:
+            raise UsageError(f"probe '{name}' runs by one process, this is one of {dist.ranks()}: {probe.alone}",
+                             "start it without torchrun")
+    return made
 
 
-def _write_samples(context: Context, metrics: Sequence[Metric], path: Path) -> Path:
+def _measured(name: str, probe: Probe, context: Context, settings: Sequence[str]) -> Result:
+    """Return what a probe finds."""
+    found = probe.measure(context)
+    directions = sorted({m.name.rpartition("/")[0] for m in found.metrics if "->" in m.name})
+    posed = {d: context.posed(d) for d in directions}
+    metrics = [
+        m.model_copy(update={"in_distribution": posed[d].value}) if (d := m.name.rpartition("/")[0]) in posed
+        and m.in_distribution is None else m  # a probe that asks several questions for one figure says so itself
+        for m in found.metrics
+    ]
+    return Result(
+        probe=name, version=probe.version, title=PROBES.summary(name), split=context.split, seed=context.seed,
+        run=context.run.name, checkpoint=context.run.checkpoint.name, data=context.dataset.name, commit=commit(),
+        metrics=metrics, in_distribution=posed, notes=found.notes, plots=found.plots,
+        settings={"limit": context.limit, "samples": context.n, **({"options": " ".join(settings)} if settings else {})},
+    )
+
+
+def _write_samples(context: Context, metrics: Sequence[Metric], path: Path) -> None:
     """Write the per-sample values that figures are means of, for paired comparisons of runs: "<metric name>" (n,) and
     "<metric name>/weight" (n,), of the first n samples of the split; figures under several settings are left out."""
     tensors = {}
@@ -129,7 +151,6 @@ def _write_samples(context: Context, metrics: Sequence[Metric], path: Path) -> P
              "checkpoint": context.run.checkpoint.name, **fingerprint(context)}
     with atomic_file(path) as file:
         file.write(save(tensors, metadata={"about": json.dumps(about)}))  # one entry: of several, their order is not kept
-    return path
 
 
 def fingerprint(context: Context) -> dict[str, Any]:

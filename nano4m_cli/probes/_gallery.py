@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from nano4m_cli import dist
 from nano4m_cli.data._atomic import atomic_folder, write_json
 from nano4m_cli.generate.likelihood import CHUNK
 from nano4m_cli.generate.sampler import GenerateOptions, State, chain
@@ -36,20 +37,25 @@ def write_gallery(context: Context, folder: Path) -> Path:
     rows: list[dict[str, Any]] = []
     options = None if context.model.encodes else GenerateOptions(temperature=1.0, text_temperature=0.8, guidance=1.0)
     pool = Context(context.run, context.split, min(POOL, context.n), context.seed, context.progress)
-    leads = []
+
+    def fill(sources: list[str], targets: list[str]) -> tuple[str | None, list[tuple[int, str, str]], dict[str, dict[int, Any]]]:
+        """Return the leading target, (sample, rule, figure) of each row, and per target what was made for which sample."""
+        # From a picture the expected depth is the best one; from words or sound it would be the mean of all scenes.
+        exact = [t for t in ("depth", "normal") if {"rgb", "depth"} & set(sources)]
+        how = {t: estimate(pool, t) if t in exact else options for t in targets}
+        lead = _lead(targets, kinds, context.info.pairing) if pool.n > SHOWN + 2 * ENDS else None
+        chosen = [(i, "first", "") for i in range(min(SHOWN, pool.n))]
+        if lead is not None:
+            chosen += _ends(kinds[lead], _made(pool, sources, lead, how[lead], range(pool.n)), pool.raw(lead))
+        shown = sorted({i for i, _, _ in chosen})
+        return lead, chosen, {t: dict(zip(shown, _made(pool, sources, t, how[t], shown), strict=True)) for t in targets}
+
+    filled = context.spread("gallery", plans, lambda plan: fill(*plan))
+    if dist.rank():
+        return folder / "gallery.json"
+    leads = [lead for lead, _, _ in filled if lead is not None]
     with atomic_folder(folder) as aside:
-        for p, (sources, targets) in enumerate(plans):
-            context.progress("gallery", p, len(plans))
-            # From a picture the expected depth is the best one; from words or sound it would be the mean of all scenes.
-            exact = [t for t in ("depth", "normal") if {"rgb", "depth"} & set(sources)]
-            how = {t: estimate(pool, t) if t in exact else options for t in targets}
-            lead = _lead(targets, kinds, context.info.pairing) if pool.n > SHOWN + 2 * ENDS else None
-            chosen = [(i, "first", "") for i in range(min(SHOWN, pool.n))]
-            if lead is not None:
-                leads.append(lead)
-                chosen += _ends(kinds[lead], _made(pool, sources, lead, how[lead], range(pool.n)), pool.raw(lead))
-            shown = sorted({i for i, _, _ in chosen})
-            made = {t: dict(zip(shown, _made(pool, sources, t, how[t], shown), strict=True)) for t in targets}
+        for (sources, targets), (_, chosen, made) in zip(plans, filled, strict=True):
             for i, rule, figure in chosen:
                 key, stem = pool.tokens.key(i), f"{'-'.join(sources) or 'nothing'}-{i}"
                 rows.append({

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from nano4m_cli import dist
 from nano4m_cli.compute import multiplies_bf16
 from nano4m_cli.data._atomic import atomic_folder
 from nano4m_cli.data.shards import Split
@@ -200,13 +202,21 @@ def open_judge(
     judge.size = tuple(info.sizes[modality]["size"]) if "size" in info.sizes.get(modality, {}) else None
     folder = dataset.judge(f"{modality}-{seed}" if seed else modality)
     meta = {"version": VERSION, "attributes": attributes, "objects": info.max_objects, "options": info.options}
+    state = dist.by_first(lambda: _state(judge, dataset, folder, meta, seed, progress))
+    judge.net = judge.new_net(state["stem.weight"].shape[1])
+    judge.net.load_state_dict(state)
+    judge.net.eval()
+    return judge
+
+
+def _state(
+    judge: Judge, dataset: DatasetFolder, folder: Path, meta: dict[str, Any], seed: int, progress: Callable[[str, int, int], None]
+) -> dict[str, Tensor]:
+    """Return the weights that lie with the data set; where there are none yet, train the judge and keep it."""
     path = folder / "judge.json"
     if path.is_file() and json.loads(path.read_text()) == json.loads(json.dumps(meta)):
-        state = load_file(folder / "model.safetensors")
-        judge.net = judge.new_net(state["stem.weight"].shape[1])
-        judge.net.load_state_dict(state)
-        judge.net.eval()
-        return judge
+        return load_file(folder / "model.safetensors")
+    info, modality = dataset.info(), judge.modality
     steps = info.judge_steps.get(modality, STEPS[modality])
     special = min(info.judge, steps * SAMPLES_PER_STEP // 6)  # as often as among all combinations
     values, labels = _real(dataset, modality, "train", steps * SAMPLES_PER_STEP - special)
@@ -217,4 +227,4 @@ def open_judge(
     with atomic_folder(folder) as aside:
         save_file({k: v.contiguous() for k, v in judge.net.state_dict().items()}, aside / "model.safetensors")
         (aside / "judge.json").write_text(json.dumps(meta))
-    return judge
+    return judge.net.state_dict()

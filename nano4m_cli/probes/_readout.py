@@ -17,6 +17,8 @@ from nano4m_cli.probes._context import Context
 from nano4m_cli.probes._features import Features, Question
 from nano4m_cli.probes._result import Findings, Plot, mean_metric, ratio_interval
 
+HOW = {"run": 1.0, "untrained": 1.0, "bag": 0.2}  # what is read, and about what it costs
+
 
 class Answered(NamedTuple):
     """One question read out of one layer: accuracy on the samples that settle settings, and the guess (N,) for each scored one."""
@@ -44,10 +46,12 @@ class Readout(Probe):
     def measure(self, context: Context) -> Findings:
         features, metrics, rows = Features.of(context), [], []
         told: dict[str, dict[str, list]] = {q.name: {} for q in features.questions}
-        for s, source in enumerate(context.names):
-            context.progress(f"{self.name} from {source}", s, len(context.names))
-            own, before = (self.read(features, source, untrained) for untrained in (False, True))
-            bag = self.read_bag(features, source)
+        asked = [(source, how) for source in context.names for how in HOW]
+        costs = [HOW[how] * float(context.columns(source).sum()) for source, how in asked]
+        found = context.spread(self.name, asked, lambda item: self._read(features, *item), costs)
+        answers = dict(zip(asked, found, strict=True))
+        for source in context.names:
+            own, before, bag = (answers[source, how] for how in HOW)
             for q in features.questions:
                 a, layer = _best([layer[q.name] for layer in own])
                 b, _ = _best([layer[q.name] for layer in before])
@@ -66,6 +70,9 @@ class Readout(Probe):
         plots.append(Plot(name="baselines", title="Accuracy beside what needs no training", kind="table", x="", y="",
                           rows=[r for r, _ in rows], columns=columns, values=[v for _, v in rows]))
         return Findings(metrics, self._notes(features), plots)
+
+    def _read(self, features: Features, source: str, how: str) -> list[dict[str, Answered]] | dict[str, Answered]:
+        return self.read_bag(features, source) if how == "bag" else self.read(features, source, how == "untrained")
 
     @property
     def name(self) -> str:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from nano4m_cli import dist
 from nano4m_cli.config import Config
 from nano4m_cli.data._models import steadily
 from nano4m_cli.errors import WeightsError
@@ -116,8 +117,9 @@ class Published(Recogniser):
         return made
 
     def transcribe(self, waves: Sequence[np.ndarray]) -> list[str]:
+        write = lambda w: " ".join(self.hear(resample(w, RATE, HEARS)).split()) if np.abs(w).max(initial=0) > 0 else ""  # noqa: E731
         with steadily():
-            return [" ".join(self.hear(resample(w, RATE, HEARS)).split()) if np.abs(w).max(initial=0) > 0 else "" for w in waves]
+            return dist.spread(waves, write, [float(len(w)) for w in waves])
 
     @abstractmethod
     def hear(self, wave: np.ndarray) -> str:

@@ -47,15 +47,22 @@ class Probe(Base):
     def measure(self, context: Context) -> Findings:
         model, n, draws = context.model, min(self.options.samples, context.n), self.options.draws
         names = [*context.names, "register"] if model.config.registers else list(context.names)
-        layers = {part: [Shares(n, len(names), model.config.heads) for _ in modules] for part, modules in looking(model).items()}
-        for a in range(0, n * draws, BATCH):
-            context.progress("attention", a, n * draws)
-            draw = np.arange(a, min(a + BATCH, n * draws))
-            rows = draw % n
+        empty = lambda: {part: [Shares(n, len(names), model.config.heads) for _ in modules]  # noqa: E731
+                         for part, modules in looking(model).items()}
+
+        def batch(draw: np.ndarray) -> dict[str, list[Shares]]:
+            rows, out = draw % n, empty()
             shown, asked = context.run.mixture.draw(context.length_NM[rows], Key(context.seed, "attention", draw))
             if model.wholly:
                 asked = context.inside_NC[rows] & ~shown
-            add_batch(layers, model, context.pack(context.ids_NC[rows], shown, asked), rows)
+            add_batch(out, model, context.pack(context.ids_NC[rows], shown, asked), rows)
+            return out
+
+        layers = empty()
+        for some in context.spread("attention", np.split(np.arange(n * draws), range(BATCH, n * draws, BATCH)), batch):
+            for part, found in some.items():
+                for total, more in zip(layers[part], found, strict=True):
+                    total += more
         metrics, plots = [], []
         for part, found in layers.items():
             metrics += [m for i, layer in enumerate(found, 1) for m in layer.metrics(f"{part}/layer{i}", len(context.names))]
@@ -115,6 +122,11 @@ class Shares:
         some = of_uniform > 0
         self.entropy[sample] += entropy[:, some].sum(1)
         self.choices[sample] += some.sum()
+
+    def __iadd__(self, other: Shares) -> Shares:
+        for mine, more in zip(vars(self).values(), vars(other).values(), strict=True):
+            mine += more
+        return self
 
     def mean(self, total: np.ndarray) -> np.ndarray:
         """Return (M, M), NaN where the two never met."""

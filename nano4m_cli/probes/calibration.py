@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nano4m_cli.generate.likelihood import chunk_size
+from nano4m_cli.generate.likelihood import cost, posed
 from nano4m_cli.masking._base import Key
 from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._classes import Options as Question
 from nano4m_cli.probes._classes import questions, rounded
 from nano4m_cli.probes._context import Context
+from nano4m_cli.probes._pieces import text_work
 from nano4m_cli.probes._result import RESAMPLES, Findings, Metric, Plot, mean_metric, resamples
 from nano4m_cli.rng import generator
 
@@ -108,16 +109,13 @@ def answers(context: Context, shown_NC: np.ndarray, asked_NC: np.ndarray) -> tup
     """Return (N, C) twice, NaN where not asked: the largest probability, and whether its id is the true one (a share among
     equally likely ones)."""
     confidence, right = np.full(asked_NC.shape, np.nan), np.full(asked_NC.shape, np.nan)
-    model, chunk = context.model, chunk_size(context.layout, asked_NC)
-    for a in range(0, context.n, chunk):
-        rows = slice(a, a + chunk)
-        asked = context.inside_NC[rows] & ~shown_NC[rows] if model.wholly else asked_NC[rows]
-        if not asked.any():
-            continue
+    parts = posed(context.model, shown_NC, asked_NC, context.inside_NC)
+
+    def part(rows: slice, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         packed = context.pack(context.ids_NC[rows], shown_NC[rows], asked)
         top, hit = np.zeros(len(packed.dec_ids)), np.zeros(len(packed.dec_ids))
         with torch.inference_mode():
-            for index, logits in zip(packed.group_index, model(packed), strict=True):
+            for index, logits in zip(packed.group_index, context.model(packed), strict=True):
                 if index is None:
                     continue
                 logp = logits.float().log_softmax(-1)
@@ -126,6 +124,11 @@ def answers(context: Context, shown_NC: np.ndarray, asked_NC: np.ndarray) -> tup
                 own = alike.gather(1, packed.dec_ids[index, None]).squeeze(1)
                 at = index.cpu().numpy()
                 top[at], hit[at] = best.squeeze(1).exp().cpu().numpy(), (own / alike.sum(-1)).cpu().numpy()
+        return top, hit
+
+    costs = [cost(shown_NC[rows], asked) for rows, asked in parts]
+    found = context.spread("calibration", parts, lambda item: part(*item), costs)
+    for (rows, asked), (top, hit) in zip(parts, found, strict=True):
         confidence[rows][asked], right[rows][asked] = top, hit
     return np.where(asked_NC, confidence, np.nan), np.where(asked_NC, right, np.nan)
 
@@ -139,13 +142,12 @@ def choices(context: Context) -> dict[str, Bins]:
     if not rows:
         return {}
     some = np.flatnonzero(owner < CHOICES)
-    out = {}
-    for source in context.names:
-        if source == "caption" or not context.model.reads([source], "caption"):
-            continue
-        context.progress(f"calibration of choices from {source}", context.names.index(source), len(context.names))
+    chosen, out = [texts[i] for i in some], {}
+    sources = [s for s in context.names if s != "caption" and context.model.reads([s], "caption")]
+    works = [text_work(context, [s], "caption", chosen, owner[some]) for s in sources]
+    for source, found in zip(sources, context.answers("calibration of choices", works), strict=True):
         score = np.full(len(texts), np.nan)
-        score[some] = context.text_logp([source], "caption", [texts[i] for i in some], owner[some])
+        score[some] = found
         score *= [len(t) for t in texts]
         answered = [_answer(q, score, context.attributes[q.attribute]) for q in rows]
         confidence, right = map(np.array, zip(*answered, strict=True))

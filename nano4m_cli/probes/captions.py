@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nano4m_cli.probes._base import Probe as Base
-from nano4m_cli.probes._context import Context, missing
+from nano4m_cli.probes._context import Context, Made, missing
 from nano4m_cli.probes._directions import sampled_with
 from nano4m_cli.probes._matching import Reader, Thing, best_reader, matched, told
 from nano4m_cli.probes._result import Findings, Metric, Plot, mean_metric
@@ -33,6 +33,7 @@ class Probe(Base):
         some = train.raw("caption")
         any_caption = [some[i] for i in np.resize(permutation(len(some), context.seed, "any-caption"), context.n)]
         fields = Fields(context, train) if context.attributes else None
+        context.ahead([(Made([s], ["caption"]), "caption") for s in todo], [("caption", None)], "captions written")
         own = context.round_trip("caption")
         plain, copied = likeness(any_caption, truth), likeness(own, truth)
         base = fields.score([fields.reader.read(c) for c in any_caption]) if fields else {}
@@ -40,28 +41,30 @@ class Probe(Base):
         chance = fields.score(fields.uniform(context.seed)) if fields else {}
         metrics: list[Metric] = []
         written = {"truth": truth[:SHOWN]}
-        for i, source in enumerate(todo):
-            name = context.direction([source], "caption")
-            context.progress(f"captions from {source}", i, len(todo))
-            made = context.decoded([source], ["caption"], "caption")
-            written[f"from {source}"] = made[:SHOWN]
-            for what, values in likeness(made, truth).items():
-                metrics.append(mean_metric(f"{name}/{what}", values, majority=float(plain[what].mean()),
-                                           reference=float(copied[what].mean())))
+        by_luck, by_copy = (bleu_interval(bleu_counts(x, truth))[0] for x in (any_caption, own))
+        share = lambda of, what: float(of[what][0].sum() / of[what][1].sum())  # noqa: E731
+
+        def figures(source: str) -> list[Metric]:
+            name, made = context.direction([source], "caption"), context.decoded([source], ["caption"], "caption")
+            out = [
+                mean_metric(f"{name}/{what}", values, majority=float(plain[what].mean()), reference=float(copied[what].mean()))
+                for what, values in likeness(made, truth).items()
+            ]
             value, interval = bleu_interval(bleu_counts(made, truth))
-            metrics.append(Metric(
-                name=f"{name}/bleu", value=value, ci95=interval, n=context.n,
-                majority=bleu_interval(bleu_counts(any_caption, truth))[0], reference=bleu_interval(bleu_counts(own, truth))[0],
-            ))
-            if fields is None:
-                continue
-            share = lambda of, what: float(of[what][0].sum() / of[what][1].sum())  # noqa: E731
-            for what, (right, there) in fields.score([fields.reader.read(c) for c in made]).items():
-                metrics.append(mean_metric(
+            out.append(Metric(name=f"{name}/bleu", value=value, ci95=interval, n=context.n, majority=by_luck, reference=by_copy))
+            said = fields.score([fields.reader.read(c) for c in made]) if fields else {}
+            return out + [
+                mean_metric(
                     f"{name}/{what}", right / np.maximum(there, 1), there, majority=share(base, what),
                     reference=share(reference, what), ceiling=fields.ceiling(source, what),
                     chance=None if what == "objects_acc" else share(chance, what),  # their number is told to chance
-                ))
+                )
+                for what, (right, there) in said.items()
+            ]
+
+        for source, found in zip(todo, context.spread("captions", todo, figures), strict=True):
+            metrics += found
+            written[f"from {source}"] = context.decoded([source], ["caption"], "caption")[:SHOWN]
         return Findings(metrics, [
             "chrf: mean of each caption's chrF (Popovic 2015); bleu: of the corpus, four words, not smoothed, lower case, against "
             "one true wording of several that would be right; exact: the very text",

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from pydantic import Field
 
 from nano4m_cli.config import Config
+from nano4m_cli.dist import Work
 from nano4m_cli.masking._mixture import IN_DISTRIBUTION
 from nano4m_cli.probes import _classes as classes
 from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context
+from nano4m_cli.probes._pieces import candidate_work, text_work
 from nano4m_cli.probes._result import Findings, Metric, Plot, mean_metric
 
 KIND = "eval"
@@ -66,21 +68,20 @@ class Probe(Base):
                         + ("" if task.n == context.n else f"; the first {task.n} samples"))
         if _label_slot(context):
             tasks.append(Label(context))
-        prior = {t: t.prior(context) for t in tasks}
+        pairs = [(s, t) for s in context.names for t in tasks if s != t.target and context.model.reads([s], t.target)]
+        asked = [t for t in tasks if context.model.reads([], t.target)]
+        works = [*(t.prior(context) for t in asked), *(t.score(context, s) for s, t in pairs)]
+        answers = context.answers("class", works)
+        prior = dict.fromkeys(tasks) | dict(zip(asked, answers, strict=False))
         metrics: list[Metric] = []
         plots: list[Plot] = []
         recalls: dict[str, dict[str, dict[str, list]]] = {}
-        for i, source in enumerate(context.names):
-            for task in tasks:
-                if source == task.target or not context.model.reads([source], task.target):
-                    continue
-                context.progress(f"class from {source}", i, len(context.names))
-                score = task.score(context, source)
-                for q in task.questions(score, prior[task], self.options.prior):
-                    metrics += q.metrics(context, source)
-                    if len(q.values) <= WIDE:
-                        plots.append(q.matrix(source))
-                    recalls.setdefault(q.name, {})[source] = q.recall()
+        for (source, task), score in zip(pairs, answers[len(asked) :], strict=True):
+            for q in task.questions(score, prior[task], self.options.prior):
+                metrics += q.metrics(context, source)
+                if len(q.values) <= WIDE:
+                    plots.append(q.matrix(source))
+                recalls.setdefault(q.name, {})[source] = q.recall()
         plots += [_recall_table(name, found) for name, found in recalls.items()]
         directions = context.run.directions
         told = [t for t in dict.fromkeys(t.target for t in tasks) if directions.get(f"->{t}", 0.0) < IN_DISTRIBUTION]
@@ -179,12 +180,12 @@ class Task(ABC):
         self.target, self.n = target, n
 
     @abstractmethod
-    def score(self, context: Context, source: str) -> np.ndarray:
-        """Return the score of every text (or id), given a source."""
+    def score(self, context: Context, source: str) -> Work[np.ndarray]:
+        """Ask for the score of every text (or id), given a source."""
 
     @abstractmethod
-    def prior(self, context: Context) -> np.ndarray | None:
-        """Return the score given nothing, or None where the model cannot be asked."""
+    def prior(self, context: Context) -> Work[np.ndarray]:
+        """Ask for the score given nothing, of a model that can be asked."""
 
     @abstractmethod
     def questions(self, score: np.ndarray, prior: np.ndarray | None, weight: float) -> list[Question]:
@@ -199,11 +200,11 @@ class Words(Task):
         self.rows, self.texts, self.owner = classes.questions(context)
         self.attributes = context.attributes
 
-    def score(self, context: Context, source: str) -> np.ndarray:
-        return context.text_logp([source], "caption", self.texts, self.owner)
+    def score(self, context: Context, source: str) -> Work[np.ndarray]:
+        return text_work(context, [source], "caption", self.texts, self.owner)
 
-    def prior(self, context: Context) -> np.ndarray | None:
-        return classes.prior_of(context, self.texts) if context.model.reads([], "caption") else None
+    def prior(self, context: Context) -> Work[np.ndarray]:
+        return classes.prior_work(context, self.texts)
 
     def questions(self, score: np.ndarray, prior: np.ndarray | None, weight: float) -> list[Question]:
         out = []
@@ -233,13 +234,13 @@ class Whole(Task):
         self.kept = np.flatnonzero([t in values for t in truth])  # a class that training never showed has no caption
         self.truth = np.array([values.index(truth[i]) for i in self.kept], dtype=np.int64)
 
-    def score(self, context: Context, source: str) -> np.ndarray:
+    def score(self, context: Context, source: str) -> Work[np.ndarray]:
         owner = np.repeat(self.kept, len(self.prompts))
-        flat = context.text_logp([source], "caption", self.prompts * len(self.kept), owner)
-        return flat.reshape(len(self.kept), -1)
+        work = text_work(context, [source], "caption", self.prompts * len(self.kept), owner)
+        return replace(work, join=lambda parts: work.join(parts).reshape(len(self.kept), -1))
 
-    def prior(self, context: Context) -> np.ndarray | None:
-        return classes.prior_of(context, self.prompts) if context.model.reads([], "caption") else None
+    def prior(self, context: Context) -> Work[np.ndarray]:
+        return classes.prior_work(context, self.prompts)
 
     def questions(self, score: np.ndarray, prior: np.ndarray | None, weight: float) -> list[Question]:
         if not len(self.kept):
@@ -269,16 +270,16 @@ class Label(Task):
         known = context.info.determined.get("label", [])
         self.attribute = known[0] if len(known) == 1 else "label"
 
-    def score(self, context: Context, source: str) -> np.ndarray:
-        return self._ask(context, [source])
+    def score(self, context: Context, source: str) -> Work[np.ndarray]:
+        work = self._ask(context, [source])
+        return replace(work, join=lambda parts: work.join(parts)[self.kept])
 
-    def prior(self, context: Context) -> np.ndarray | None:
-        return self._ask(context, [], 1) if context.model.reads([], "label") else None
+    def prior(self, context: Context) -> Work[np.ndarray]:
+        return self._ask(context, [], 1)
 
-    def _ask(self, context: Context, sources: Sequence[str], n: int | None = None) -> np.ndarray:
+    def _ask(self, context: Context, sources: Sequence[str], n: int | None = None) -> Work[np.ndarray]:
         shown = (context.inside_NC & context.columns(*sources))[:n]
-        score = context.candidate_logp(shown, "label", np.arange(self.size)[:, None])
-        return score if n else score[self.kept]
+        return candidate_work(context, shown, "label", np.arange(self.size)[:, None])
 
     def questions(self, score: np.ndarray, prior: np.ndarray | None, weight: float) -> list[Question]:
         pmi = None if prior is None else score - weight * prior

@@ -9,7 +9,7 @@ from PIL import Image
 
 from nano4m_cli.data.loader import TokenData
 from nano4m_cli.probes._base import Probe as Base
-from nano4m_cli.probes._context import Context
+from nano4m_cli.probes._context import Context, Made
 from nano4m_cli.probes._directions import estimate, heard, plans, sampled_with, train_mean
 from nano4m_cli.probes._images import absrel, angle, angle_figures, delta1, psnr, rmse, ssim
 from nano4m_cli.probes._judges import JUDGED, Judge, open_judge
@@ -33,10 +33,10 @@ class Probe(Base):
             if target in shown and context.info.determined.get(target):
                 metrics += self._judged(context, target)
         if "rgb" in context.names:
-            for target in ("depth", "normal"):
-                if target in shown and context.model.reads(["rgb"], target):
-                    context.progress(f"rgb->{target}", 0, 1)
-                    metrics += measured(context, target)
+            told = [t for t in ("depth", "normal") if t in shown and context.model.reads(["rgb"], t)]
+            context.ahead([(Made(["rgb"], [t], estimate(context, t)), t) for t in told], [(t, None) for t in told], "rgb measured")
+            for found in context.spread("measured", told, lambda target: measured(context, target)):
+                metrics += found
             if "rgb_hi" in shown and "rgb" in shown and context.model.reads(["rgb"], "rgb_hi"):
                 metrics += self._sharpened(context)
         return Findings(metrics, [
@@ -78,13 +78,17 @@ class Probe(Base):
         judge = open_judge(context.dataset, target, context.progress)
         right = judge.correct(context.raw(target), context.labels)
         metrics = [mean_metric(f"{target}/judge_{a}_acc", r / np.maximum(n, 1), n) for a, (r, n) in right.items()]
-        round_trip, todo = self._round_trip(context, judge, target), plans(context, target)
+        todo, n = plans(context, target), heard(context, target)
+        context.ahead([(Made(plan, [target], None, n), target) for plan in todo], [(target, n)], f"{target} made")
+        round_trip = self._round_trip(context, judge, target)
         mean = train_mean(context, "rgb") if target == "rgb" and todo else None
-        for i, plan in enumerate(todo):
-            context.progress(f"{'+'.join(plan)}->{target}", i, len(todo))
-            metrics += self._direction(context, judge, plan, target, round_trip)
-            if mean is not None:
-                metrics += likeness(context, plan, mean)
+
+        def figures(plan: list[str]) -> list[Metric]:
+            found = self._direction(context, judge, plan, target, round_trip)
+            return found if mean is None else found + likeness(context, plan, mean)
+
+        for found in context.spread(f"{target} judged", todo, figures):
+            metrics += found
         if target == "rgb" and ["caption"] in todo and context.split == "test" and context.has_split("test_novel"):
             novel = context.on("test_novel")
             there = self._direction(novel, judge, ["caption"], target, self._round_trip(novel, judge, target))

@@ -30,6 +30,7 @@ Count, Heat = Annotated[int, Field(ge=1)], Annotated[float, Field(ge=0, le=STRON
 
 class Probe(Base):
     costly = True
+    alone = "it measures the seconds that generation takes"
 
     class Options(Config):
         """direction: "caption->rgb", "audio+caption->rgb"; default: what training posed most often to a judged target.

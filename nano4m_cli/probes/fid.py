@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.torch import save
 
 from nano4m_cli.probes._base import Probe as Base
-from nano4m_cli.probes._context import Context
+from nano4m_cli.probes._context import Context, Made
 from nano4m_cli.probes._directions import heard, plans, sampled_with
 from nano4m_cli.probes._distances import across_halves, frechet, jackknifed, kernel_mmd
 from nano4m_cli.probes._judges import JUDGED, Judge, open_judge
@@ -32,23 +32,27 @@ class Probe(Base):
         metrics, notes = [], []
         for target in able(context):
             judge = open_judge(context.dataset, target, context.progress)
-            n = heard(context, target)
+            n, todo = heard(context, target), plans(context, target)
+            context.ahead([(Made(plan, [target], None, n), target) for plan in todo], [(target, n)], f"{target} made")
             see = scaled(context, judge, target)
             real = see(context.raw(target)[:n])
             copied = see(context.round_trip(target, n))
-            todo = plans(context, target)
             known = {}
             for what, distance in DISTANCES[SAME.get(target, target)].items():
                 for kind, features in (("real", real), ("roundtrip", copied)):
                     known[kind, what] = _metric(f"{target}/{what}_judge_{kind}", features, real, distance)
                     metrics.append(known[kind, what])
-            for i, plan in enumerate(todo):
-                name = context.direction(plan, target)
-                context.progress(f"{name} as a distribution", i, len(todo))
+
+            def distances(plan: list[str], target=target, n=n, see=see, real=real, known=known) -> list[Metric]:
                 made = see(context.decoded(plan, [target], target, limit=n))
-                for what, distance in DISTANCES[SAME.get(target, target)].items():
-                    reference = known["roundtrip", what].value
-                    metrics.append(_metric(f"{name}/{what}_judge", made, real, distance, reference=reference))
+                return [
+                    _metric(f"{context.direction(plan, target)}/{what}_judge", made, real, distance,
+                            reference=known["roundtrip", what].value)
+                    for what, distance in DISTANCES[SAME.get(target, target)].items()
+                ]
+
+            for found in context.spread(f"{target} as a distribution", todo, distances):
+                metrics += found
             notes.append(f"{target}: the judge of this data set ({network(judge)}), {judge.width} features of its last hidden "
                          f"layer, in deviations of real train samples; n {n}, each distance between {n - n // 2} and {n // 2}")
         return Findings(metrics, [

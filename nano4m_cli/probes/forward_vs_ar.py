@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
 from nano4m_cli.config import Config
-from nano4m_cli.generate.likelihood import slot_nll
+from nano4m_cli.dist import Work
+from nano4m_cli.generate.likelihood import nll_work
 from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context
 from nano4m_cli.probes._result import Findings, Metric, Plot, mean_metric
@@ -37,23 +39,23 @@ class Probe(Base):
         cost: dict[tuple[str, str], float | None] = {}
         for i, (sources, target) in enumerate(plans):
             name = context.direction(sources, target)
-            context.progress(f"one pass against chain rule {name}", i, len(plans))
+            context.progress("one pass against chain rule", i, len(plans))
             has = np.flatnonzero((context.length_NM[:n, [context.names.index(m) for m in [*sources, target]]] > 0).all(1))
             if not len(has):
                 continue
-            figures = {"onepass_ce": one_pass(context, sources, target, has)}
-            for what in ("", "_random"):
-                order = orders(context, target, has, bool(what))
-                picked = positions(context, target, has, self.options.positions)
-                given = sequential(context, sources, target, has, order, picked)
+            picked = positions(context, target, has, self.options.positions)
+            order = {what: orders(context, target, has, bool(what)) for what in ("", "_random")}
+            works = [one_pass_work(context, sources, target, has),
+                     *(sequential_work(context, sources, target, has, o, picked) for o in order.values())]
+            whole, *turns = context.answers("", works)
+            for what, given in zip(order, turns, strict=True):
                 # The same slots of the same samples, answered at once: the difference is the order's, not the slots'.
-                slots = np.take_along_axis(order, picked, 1)
-                at_once = np.take_along_axis(figures["onepass_ce"], slots, 1)
+                at_once = np.take_along_axis(whole, np.take_along_axis(order[what], picked, 1), 1)
                 cost_N = (at_once - given).mean(1)
                 metrics.append(_metric(f"{name}/sequential{what}_ce", given.mean(1), has))
                 metrics.append(_metric(f"{name}/independence_cost{what}", cost_N, has))
                 cost[name, what] = metrics[-1].value
-            metrics.append(_metric(f"{name}/onepass_ce", figures["onepass_ce"].mean(1), has))
+            metrics.append(_metric(f"{name}/onepass_ce", whole.mean(1), has))
         names, targets = context.names, _targets(context)
         plots = [
             Plot(name=f"independence{what}", kind="matrix", rows=["nothing", *names], columns=targets, x="target", y="source",
@@ -82,11 +84,12 @@ def _metric(name: str, values: np.ndarray, has: np.ndarray) -> Metric:
     return mean_metric(name, full, weight, higher_is_better=False, unit="nats")
 
 
-def one_pass(context: Context, sources: list[str], target: str, rows: np.ndarray) -> np.ndarray:
-    """Return (n, slots): -log p of each slot, all asked at once."""
+def one_pass_work(context: Context, sources: list[str], target: str, rows: np.ndarray) -> Work[np.ndarray]:
+    """Ask for (n, slots): -log p of each slot, all asked at once."""
     shown = (context.inside_NC & context.columns(*sources))[rows]
     asked = (context.inside_NC & context.columns(target))[rows]
-    return slot_nll(context.model, context.ids_NC[rows], shown, asked, context.inside_NC[rows])[:, context.layout.slice(target)]
+    work = nll_work(context.model, context.ids_NC[rows], shown, asked, context.inside_NC[rows])
+    return replace(work, join=lambda parts: work.join(parts)[:, context.layout.slice(target)])
 
 
 def orders(context: Context, target: str, rows: np.ndarray, random: bool) -> np.ndarray:
@@ -107,10 +110,10 @@ def positions(context: Context, target: str, rows: np.ndarray, most: int) -> np.
     return np.floor((start + np.arange(most)) / most * slots).astype(np.int64)
 
 
-def sequential(
+def sequential_work(
     context: Context, sources: list[str], target: str, rows: np.ndarray, order_NL: np.ndarray, picked_NP: np.ndarray
-) -> np.ndarray:
-    """Return (n, p): -log p of the slot that is revealed at each picked turn, given the sources and all slots before it."""
+) -> Work[np.ndarray]:
+    """Ask for (n, p): -log p of the slot that is revealed at each picked turn, given the sources and all slots before it."""
     columns, (n, p) = context.layout.slice(target), picked_NP.shape
     place_NL = np.argsort(order_NL, axis=1)  # the turn at which each slot becomes known
     shown = np.repeat((context.inside_NC & context.columns(*sources))[rows], p, 0)
@@ -118,6 +121,6 @@ def sequential(
     shown[:, columns] = known
     asked = np.zeros_like(shown)
     asked[:, columns] = ~known
-    nll = slot_nll(context.model, np.repeat(context.ids_NC[rows], p, 0), shown, asked, np.repeat(context.inside_NC[rows], p, 0))
+    work = nll_work(context.model, np.repeat(context.ids_NC[rows], p, 0), shown, asked, np.repeat(context.inside_NC[rows], p, 0))
     slot = np.take_along_axis(order_NL, picked_NP, 1).reshape(-1)
-    return nll[np.arange(n * p), columns.start + slot].reshape(n, p)
+    return replace(work, join=lambda parts: work.join(parts)[np.arange(n * p), columns.start + slot].reshape(n, p))

@@ -6,8 +6,10 @@ from itertools import combinations
 
 import numpy as np
 
+from nano4m_cli.dist import Work
 from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context
+from nano4m_cli.probes._pieces import nll_work
 from nano4m_cli.probes._result import Findings, Metric, Plot, mean_metric
 from nano4m_cli.probes._shapley import Subset, orders, shapley, subsets
 
@@ -27,11 +29,14 @@ class Probe(Base):
         grids = {kind: {} for kind in PLOTS}
         never: list[str] = []
         todo = [t for t in context.names if _sources(context, t)]
-        for i, target in enumerate(todo):
-            context.progress(f"sources of {target}", i, len(todo))
-            asked = Likelihoods(context, target, _sources(context, target))
-            metrics += _figures(context, asked, grids)
-            never += [d for d in asked.directions() if not context.posed(d).value]
+        values = [Likelihoods(context, target, _sources(context, target)) for target in todo]
+        asked = [(value, given) for value in values for given in _sets(value.sources, context.seed)]
+        answers = context.answers("sets of sources", [value.work(given) for value, given in asked])
+        for (value, given), nll in zip(asked, answers, strict=True):
+            value.take(given, nll)
+        for value in values:
+            metrics += _figures(context, value, grids)
+            never += [d for d in value.directions() if not context.posed(d).value]
         plots = [
             Plot(name=kind, title=title, kind="matrix", rows=context.names, columns=todo, x="target", y="source",
                  values=[[grids[kind].get((s, t)) for t in todo] for s in context.names])
@@ -85,14 +90,18 @@ class Likelihoods:
         self.count[:n] = self.asked.sum(1) * np.all(whole, 0)
         self.known: dict[Subset, np.ndarray] = {}
 
+    def work(self, given: Subset) -> Work[np.ndarray]:
+        """Ask for -log p of the target's slots given a set of sources."""
+        some = slice(len(self.asked))
+        return nll_work(self.context, self.context.inside_NC[some] & self.context.columns(*given), self.asked, some)
+
+    def take(self, given: Subset, nll_NC: np.ndarray) -> None:
+        """Take the answer to `work`."""
+        out = np.zeros(self.context.n)
+        out[: len(self.asked)] = -np.where(self.asked, np.nan_to_num(nll_NC), 0.0).sum(1) / np.maximum(self.asked.sum(1), 1)
+        self.known[given] = out
+
     def __call__(self, given: Subset) -> np.ndarray:
-        if given not in self.known:
-            context, n = self.context, len(self.asked)
-            shown = context.inside_NC[:n] & context.columns(*given)
-            values = context.slot_nll(shown, self.asked)
-            out = np.zeros(context.n)
-            out[:n] = -np.where(self.asked, np.nan_to_num(values), 0.0).sum(1) / np.maximum(self.asked.sum(1), 1)
-            self.known[given] = out
         return self.known[given]
 
     def name(self, given: Subset) -> str:

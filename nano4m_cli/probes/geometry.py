@@ -27,6 +27,7 @@ KIND = "probe"
 MOST = 500  # samples
 GROUPS = 20  # of samples at most, left out one after the other for intervals
 FEWEST = 8
+SLOW = {"cka": 8.0, "uniformity": 4.0, "rank": 2.0}  # times that a figure costs as much as others
 
 Statistic = Callable[..., float]
 
@@ -37,30 +38,30 @@ class Probe(Base):
 
     def measure(self, context: Context) -> Findings:
         features = Features.of(context)
-        own, before = (self._layers(features, untrained) for untrained in (False, True))
+        own, before = self._layers(features)
         layers = len(next(iter(own.values())))
         pairs = list(combinations(context.names, 2))
         metrics: list[Metric] = []
         curves: dict[str, dict[str, list]] = {}
 
-        def add(name: str, row: str, what: str, statistic: Statistic, members: Sequence[str], **more) -> None:
+        def measured(statistic: Statistic, members: Sequence[str]) -> tuple[list, list[float]]:
             found = [jackknife(statistic, [own[m][y] for m in members]) for y in range(layers)]
-            base = [statistic(*(before[m][y] for m in members)) for y in range(layers)]
-            value, interval = found[-1]
-            metrics.append(Metric(name=name, value=value, ci95=interval, n=len(own[members[0]][0]), chance=base[-1], **more))
+            return found, [statistic(*(before[m][y] for m in members)) for y in range(layers)]
+
+        asked: list[tuple[str, Statistic, Sequence[str], dict]] = []
+        for m in context.names:
+            asked += [("rank", effective_rank, [m], {}), ("uniformity", uniformity, [m], {"higher_is_better": False})]
+        for a, b in pairs:
+            asked += [("gap", gap, [a, b], {"higher_is_better": False, "unit": "spreads"}),
+                      ("alignment", alignment, [a, b], {"higher_is_better": False}), ("cka", cka, [a, b], {})]
+        costs = [SLOW.get(what, 1.0) for what, *_ in asked]
+        told = context.spread("geometry", asked, lambda item: measured(item[1], item[2]), costs)
+        for (what, _, members, more), (found, base) in zip(asked, told, strict=True):
+            (value, interval), row = found[-1], ", ".join(members)
+            metrics.append(Metric(name=f"{'+'.join(members)}/{what}", value=value, ci95=interval, n=len(own[members[0]][0]),
+                                  chance=base[-1], **more))
             curves.setdefault(what, {})[row] = found
             curves.setdefault(f"{what}-untrained", {})[row] = [(b, (None, None)) for b in base]
-
-        for i, m in enumerate(context.names):
-            context.progress(f"geometry of {m}", i, len(context.names))
-            add(f"{m}/rank", m, "rank", effective_rank, [m])
-            add(f"{m}/uniformity", m, "uniformity", uniformity, [m], higher_is_better=False)
-        for i, (a, b) in enumerate(pairs):
-            context.progress(f"geometry of {a} and {b}", i, len(pairs))
-            row = f"{a}, {b}"
-            add(f"{a}+{b}/gap", row, "gap", gap, [a, b], higher_is_better=False, unit="spreads")
-            add(f"{a}+{b}/alignment", row, "alignment", alignment, [a, b], higher_is_better=False)
-            add(f"{a}+{b}/cka", row, "cka", cka, [a, b])
         plots = [_matrix(context.names, metrics, what) for what in ("gap", "cka") if pairs]
         plots += [_curve(what, of) for what, of in curves.items()]
         return Findings(metrics, [
@@ -71,10 +72,15 @@ class Probe(Base):
               if context.info.pairing == "class" else []),
         ], plots)
 
-    def _layers(self, features: Features, untrained: bool) -> dict[str, list[np.ndarray]]:
-        """Return per modality and layer (N, D) float64."""
-        n = min(features.context.n, MOST)
-        return {m: [x[:n].astype(np.float64) for x in features.scored(m, untrained)] for m in features.context.names}
+    def _layers(self, features: Features) -> list[dict[str, list[np.ndarray]]]:
+        """Return per modality and layer (N, D) float64, of the run and of the same model before any training."""
+        context = features.context
+        n = min(context.n, MOST)
+        asked = [(m, untrained) for untrained in (False, True) for m in context.names]
+        costs = [float(context.columns(m).sum()) for m, _ in asked]
+        found = context.spread("features", asked, lambda item: [x[:n] for x in features.scored(*item)], costs)
+        own = dict(zip(asked, found, strict=True))
+        return [{m: [x.astype(np.float64) for x in own[m, untrained]] for m in context.names} for untrained in (False, True)]
 
 
 def jackknife(statistic: Statistic, x: Sequence[np.ndarray], groups: int = GROUPS) -> tuple[float, tuple[float, float]]:

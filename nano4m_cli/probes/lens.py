@@ -7,13 +7,15 @@ Neither was trained on any layer but the last, so a poor figure of an early one 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nano4m_cli.generate.likelihood import chunk_size
+from nano4m_cli.dist import Work
+from nano4m_cli.generate.likelihood import cost, posed
 from nano4m_cli.model.base import TokenModel
 from nano4m_cli.model.batch import Packed
 from nano4m_cli.probes._base import Probe as Base
@@ -28,12 +30,12 @@ WHAT = {"ce": ("cross-entropy", "nats"), "token_acc": ("share of ids that are li
 
 
 class Read(NamedTuple):
-    """Of one layer, (N, C) with NaN where nothing was asked: -log p in nats; whether the likeliest id is right; whether it is the
-    one that the last layer finds likeliest."""
+    """Of one layer, (means (N,) over a sample's asked slots, how many (N,)): of -log p in nats; of whether the likeliest id is
+    right; of whether it is the one that the last layer finds likeliest."""
 
-    ce: np.ndarray
-    token_acc: np.ndarray
-    settled: np.ndarray
+    ce: tuple[np.ndarray, np.ndarray]
+    token_acc: tuple[np.ndarray, np.ndarray]
+    settled: tuple[np.ndarray, np.ndarray]
 
 
 class Probe(Base):
@@ -44,15 +46,16 @@ class Probe(Base):
         marginal, metrics, todo = marginal_nll(context).unigram, [], list(directions(context))
         uniform = np.broadcast_to(np.log(np.array(context.layout.sizes))[context.layout.group_C], marginal.shape)
         curves: dict[str, dict[str, list[list[Metric]]]] = {}  # target -> source -> layer
-        for i, (source, target) in enumerate(todo):
-            context.progress(f"lens {source}->{target}", i, len(todo))
-            shown, asked = whole(context, [source], target)
+        asks = [whole(context, [source], target) for source, target in todo]
+        answers = context.answers("lens", [layers_work(context, *ask) for ask in asks])
+        for (source, target), (_, asked), reads in zip(todo, asks, answers, strict=True):
             name = context.direction([source], target)
             known = {"ce": dict(chance=uniform[asked].mean(), majority=marginal[asked].mean(), unit="nats", higher_is_better=False),
                      "token_acc": dict(chance=np.exp(-uniform[asked]).mean())}
             by_layer = [
-                [_mean(f"{name}/{what}", x, layer, **known.get(what, {})) for what, x in zip(Read._fields, read, strict=True)]
-                for layer, read in enumerate(read_layers(context, shown, asked))
+                [mean_metric(f"{name}/{what}", *x, setting={"layer": layer}, **known.get(what, {}))
+                 for what, x in zip(Read._fields, read, strict=True)]
+                for layer, read in enumerate(reads)
             ]
             metrics += [m for found in by_layer for m in found]
             curves.setdefault(target, {})[source] = by_layer
@@ -69,27 +72,30 @@ def directions(context: Context) -> Iterator[tuple[str, str]]:
         yield from ((s, target) for s in context.names if s != target and context.model.reads([s], target))
 
 
-def read_layers(context: Context, shown_NC: np.ndarray, asked_NC: np.ndarray) -> list[Read]:
-    """Return what each layer says of the asked slots."""
-    model, inside = context.model, context.inside_NC
-    out: list[Read] = []
-    chunk = chunk_size(model.layout, asked_NC)
-    for a in range(0, context.n, chunk):
-        rows = slice(a, a + chunk)
-        asked = inside[rows] & ~shown_NC[rows] if model.wholly else asked_NC[rows]
-        if not asked.any():
-            continue
+def layers_work(context: Context, shown_NC: np.ndarray, asked_NC: np.ndarray) -> Work[list[Read]]:
+    """Ask for what each layer says of the asked slots."""
+    model = context.model
+    parts = posed(model, shown_NC, asked_NC, context.inside_NC)
+
+    def piece(rows: slice, asked: np.ndarray) -> list[Read]:
         batch = context.pack(context.ids_NC[rows], shown_NC[rows], asked)
         with torch.inference_mode():
             answers = answers_by_layer(model, batch)
             likeliest = [_likeliest(model, batch, x) for x in answers]
-            for layer, (x, best) in enumerate(zip(answers, likeliest, strict=True)):
-                if len(out) <= layer:
-                    out.append(Read(*(np.full(asked_NC.shape, np.nan) for _ in Read._fields)))
-                found = (model.nll_of(batch, x), best == batch.dec_ids, best == likeliest[-1])
-                for into, values in zip(out[layer], found, strict=True):
-                    into[rows][asked] = values.float().cpu().numpy()
-    return [Read(*(np.where(asked_NC, x, np.nan) for x in read)) for read in out]
+            found = [(model.nll_of(batch, x), best == batch.dec_ids, best == likeliest[-1])
+                     for x, best in zip(answers, likeliest, strict=True)]
+        return [Read(*(_means(values.float().cpu().numpy(), asked, asked_NC[rows]) for values in layer)) for layer in found]
+
+    def join(found: list[list[Read]]) -> list[Read]:
+        out = [Read(*((np.zeros(len(asked_NC)), np.zeros(len(asked_NC), dtype=np.int64)) for _ in Read._fields))
+               for _ in (found[0] if found else [])]
+        for (rows, _), layers in zip(parts, found, strict=True):
+            for into, read in zip(out, layers, strict=True):
+                for (mean, n), (its_mean, its_n) in zip(into, read, strict=True):
+                    mean[rows], n[rows] = its_mean, its_n
+        return out
+
+    return Work([partial(piece, *p) for p in parts], join, [cost(shown_NC[rows], asked) for rows, asked in parts])
 
 
 def _likeliest(model: TokenModel, batch: Packed, answers_TD: Tensor) -> Tensor:
@@ -101,10 +107,13 @@ def _likeliest(model: TokenModel, batch: Packed, answers_TD: Tensor) -> Tensor:
     return best
 
 
-def _mean(name: str, x_NC: np.ndarray, layer: int, **known) -> Metric:
-    there = ~np.isnan(x_NC)
+def _means(values: np.ndarray, answered_NC: np.ndarray, asked_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (means (N,) of the asked ones of a model's answers, how many (N,))."""
+    x = np.full(asked_NC.shape, np.nan)
+    x[answered_NC] = values
+    there = asked_NC & ~np.isnan(x)
     n = there.sum(1)
-    return mean_metric(name, np.where(there, x_NC, 0).sum(1) / np.maximum(n, 1), n, setting={"layer": layer}, **known)
+    return np.where(there, x, 0).sum(1) / np.maximum(n, 1), n
 
 
 def _curve(target: str, what: str, at: int, of: dict[str, list[list[Metric]]]) -> Plot:

@@ -10,6 +10,7 @@ from nano4m_cli.data.loader import TokenData
 from nano4m_cli.masking._base import Key
 from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context
+from nano4m_cli.probes._pieces import nll_work
 from nano4m_cli.probes._result import Findings, Metric, Plot, mean_metric
 from nano4m_cli.spec import Layout
 
@@ -46,11 +47,10 @@ class Probe(Base):
                 metrics.append(_metric(f"{name}/ce_codebook{q}", nll[:, one], marginals.unigram[:, one], spec.vocab_size))
         found = {}
         plans = [(s, t) for t in context.names for s in sources_of(context, t)]
-        for i, (sources, target) in enumerate(plans):
-            name = context.direction(sources, target)
-            context.progress(f"loss {name}", i, len(plans))
-            shown, asked = whole(context, sources, target)
-            values = context.slot_nll(shown, asked)[:, layout.slice(target)]
+        asks = [whole(context, sources, target) for sources, target in plans]
+        answers = context.answers("loss", [nll_work(context, *ask) for ask in asks])
+        for (sources, target), (_, asked), nll in zip(plans, asks, answers, strict=True):
+            name, values = context.direction(sources, target), nll[:, layout.slice(target)]
             spec = layout.specs[context.names.index(target)]
             one = _metric(f"{name}/ce", values, marginals.unigram[:, layout.slice(target)], spec.vocab_size)
             metrics.append(one.model_copy(update={"ceiling": ceiling(context, sources, target, asked)}))

@@ -11,7 +11,8 @@ from nano4m_cli.config import Config
 from nano4m_cli.data.loader import TokenData
 from nano4m_cli.masking._base import Key
 from nano4m_cli.probes._base import Probe as Base
-from nano4m_cli.probes._context import Context
+from nano4m_cli.probes._context import Context, Made
+from nano4m_cli.probes._pieces import nll_work
 from nano4m_cli.probes._result import Findings, Metric, Plot, mean_metric
 
 KIND = "eval"
@@ -39,9 +40,12 @@ class Probe(Base):
         train, length = data.read(np.arange(min(len(data), self.options.train)))
         table = []
         plans = [(s, t) for t in context.names if (s := source_of(context, t)) is not None]
-        for i, (sources, target) in enumerate(plans):
-            context.progress(f"memorization {context.direction(sources, target)}", i, len(plans))
-            found = self._nearest(context, sources, target, train, length[:, context.names.index(target)])
+        n = min(self.options.samples, context.n)
+        shown = [t == "rgb" and t not in context.info.brought for _, t in plans]
+        context.generated([Made(s, [t], None, n) for s, t in plans], "memorization")
+        context.ahead([(Made(s, [t], None, n), t) for (s, t), decoded in zip(plans, shown, strict=True) if decoded])
+        near = lambda plan: self._nearest(context, *plan, train, length[:, context.names.index(plan[1])])  # noqa: E731
+        for found in context.spread("nearest", plans, near, [1.0 + 2.0 * decoded for decoded in shown]):
             metrics += found
             table.append([m.value for m in found[:3]] + [found[0].reference, found[1].reference])
         plots = [Plot(
@@ -66,10 +70,9 @@ class Probe(Base):
         train = Context(context.run, context.run.config.data.train, context.n, context.seed, context.progress)
         n = min(train.n, context.n)
         means = []
-        for one in (context, train):
-            key = Key(context.seed, "eval-mask", np.arange(one.n))
-            shown, asked = one.run.mixture.draw(one.length_NM, key)
-            nll = one.slot_nll(shown, asked)
+        asks = [one.run.mixture.draw(one.length_NM, Key(context.seed, "eval-mask", np.arange(one.n))) for one in (context, train)]
+        works = [nll_work(one, *ask) for one, ask in zip((context, train), asks, strict=True)]
+        for nll in context.answers("train against held-out loss", works):
             parts = [nll[:n, context.layout.slice(m)] for m in context.names]
             there = [~np.isnan(p) for p in parts]
             mean = [np.where(t, p, 0).sum(1) / np.maximum(t.sum(1), 1) for p, t in zip(parts, there, strict=True)]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from nano4m_cli.dist import Work
 from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._classes import classes_of, rounded
 from nano4m_cli.probes._context import Context
+from nano4m_cli.probes._pieces import candidate_work, chunks, text_work
 from nano4m_cli.probes._result import Findings, Metric, Plot, mean_metric
 from nano4m_cli.probes._significance import holm, permutation_p
 
@@ -46,22 +48,13 @@ class Probe(Base):
         pairs = [(s, t) for t in context.names for s in context.names if s != t]
         pooled = features(context) if _pools(context) else {}
         alike: dict[str, list[str]] = {}
-        for i, (source, target) in enumerate(pairs):
-            context.progress(f"retrieval {source}->{target}", i, len(pairs))
-            score = likelihoods(context, source, target)
-            n = len(score)
-            scores = {"": pmi_of(score), "likelihood_": score}
-            if pooled:
-                scores["features_"] = cosines(pooled[source][:n], pooled[target][:n])
-            kinds = {}
-            if context.info.pairing == "instance":
-                kinds[""] = np.arange(n)
-            if (known := classes_of(context, source, target, n)) is not None and len(np.unique(known[0])) > 1:
-                kinds["class_"] = np.unique(known[0], return_inverse=True)[1]
-                alike.setdefault(known[1], []).append(context.direction([source], target))
-            for how, group in kinds.items():
-                for way, s in scores.items():
-                    self._figures(context, found, source, target, way, how, s, group)
+        score = context.answers("retrieval", [likelihood_work(context, s, t) for s, t in pairs])
+        ranked = context.spread("ranks", list(zip(pairs, score, strict=True)), lambda item: self._pair(context, *item, pooled))
+        for (source, target), (one, what) in zip(pairs, ranked, strict=True):
+            found.metrics += one.metrics
+            found.p |= one.p
+            if what is not None:
+                alike.setdefault(what, []).append(context.direction([source], target))
         adjusted = dict(zip(found.p, holm(np.array(list(found.p.values()))), strict=True))
         beyond = sum(p < ALPHA for p in adjusted.values())
         n, few = min(GALLERY, context.n), min(TEXT_GALLERY, context.n)
@@ -84,6 +77,25 @@ class Probe(Base):
             *([] if pooled else ["pooled features are read from models with an encoder of their own"]),
         ]
         return Findings(found.metrics, notes, _plots(context, found.metrics, adjusted, pairs))
+
+    def _pair(
+        self, context: Context, pair: tuple[str, str], score: np.ndarray, pooled: dict[str, np.ndarray]
+    ) -> tuple[Found, str | None]:
+        """Return a direction's figures, and what samples are alike in, where any are."""
+        (source, target), n, found, alike = pair, len(score), Found(), None
+        scores = {"": pmi_of(score), "likelihood_": score}
+        if pooled:
+            scores["features_"] = cosines(pooled[source][:n], pooled[target][:n])
+        kinds = {}
+        if context.info.pairing == "instance":
+            kinds[""] = np.arange(n)
+        if (known := classes_of(context, source, target, n)) is not None and len(np.unique(known[0])) > 1:
+            kinds["class_"] = np.unique(known[0], return_inverse=True)[1]
+            alike = known[1]
+        for how, group in kinds.items():
+            for way, s in scores.items():
+                self._figures(context, found, source, target, way, how, s, group)
+        return found, alike
 
     def _figures(
         self, context: Context, found: Found, source: str, target: str, way: str, how: str, score: np.ndarray, group: np.ndarray
@@ -164,8 +176,8 @@ def _reciprocal(above: np.ndarray, tied: np.ndarray, right: np.ndarray) -> np.nd
 # -- scores -------------------------------------------------------------------------------------------------------
 
 
-def likelihoods(context: Context, source: str, target: str) -> np.ndarray:
-    """Return (queries, candidates): log p of each candidate's target given each query's source."""
+def likelihood_work(context: Context, source: str, target: str) -> Work[np.ndarray]:
+    """Ask for (queries, candidates): log p of each candidate's target given each query's source."""
     spec = context.layout.specs[context.names.index(target)]
     if spec.kind == "sequence":
         n = min(TEXT_GALLERY, context.n)
@@ -174,11 +186,16 @@ def likelihoods(context: Context, source: str, target: str) -> np.ndarray:
         first = {t.tobytes(): i for i, t in reversed(list(enumerate(texts)))}
         place = {key: j for j, key in enumerate(first)}
         some = [texts[i] for i in first.values()]
-        score = context.text_logp([source], target, some * n, np.repeat(np.arange(n), len(some))).reshape(n, -1)
-        return (score * np.array([len(t) for t in some]))[:, [place[t.tobytes()] for t in texts]]
+        work = text_work(context, [source], target, some * n, np.repeat(np.arange(n), len(some)))
+
+        def join(parts: list[np.ndarray]) -> np.ndarray:
+            score = work.join(parts).reshape(n, -1)
+            return (score * np.array([len(t) for t in some]))[:, [place[t.tobytes()] for t in texts]]
+
+        return replace(work, join=join)
     n = min(GALLERY, context.n)
     shown = (context.inside_NC & context.columns(source))[:n]
-    return context.candidate_logp(shown, target, context.ids_NC[:n, context.layout.slice(target)])
+    return candidate_work(context, shown, target, context.ids_NC[:n, context.layout.slice(target)])
 
 
 def pmi_of(score: np.ndarray) -> np.ndarray:
@@ -193,20 +210,23 @@ def _pools(context: Context) -> bool:
 
 def features(context: Context) -> dict[str, np.ndarray]:
     """Return per modality (n, D): the mean of the encoder's tokens of each gallery sample with it alone shown, whole."""
-    n, out = min(GALLERY, context.n), {}
-    for name in context.names:
-        shown, parts = (context.inside_NC & context.columns(name))[:n], []
-        for a in range(0, n, 100):
-            packed = context.pack(context.ids_NC[a : a + 100], shown[a : a + 100], np.zeros_like(shown[a : min(a + 100, n)]))
-            with torch.inference_mode():
-                x = context.model.encode(packed).float().cpu()
-            row = torch.repeat_interleave(torch.arange(packed.samples), packed.enc.lengths.cpu())
-            own = packed.enc_col.cpu() >= 0  # a register is no token of the sample
-            total = torch.zeros(packed.samples, x.shape[1]).index_add(0, row[own], x[own])
-            count = torch.bincount(row[own], minlength=packed.samples).clamp_min(1)
-            parts.append((total / count[:, None]).double().numpy())
-        out[name] = np.concatenate(parts)
-    return out
+    n = min(GALLERY, context.n)
+
+    def part(name: str, rows: np.ndarray) -> np.ndarray:
+        shown = context.inside_NC[rows] & context.columns(name)
+        packed = context.pack(context.ids_NC[rows], shown, np.zeros_like(shown))
+        with torch.inference_mode():
+            x = context.model.encode(packed).float().cpu()
+        row = torch.repeat_interleave(torch.arange(packed.samples), packed.enc.lengths.cpu())
+        own = packed.enc_col.cpu() >= 0  # a register is no token of the sample
+        total = torch.zeros(packed.samples, x.shape[1]).index_add(0, row[own], x[own])
+        count = torch.bincount(row[own], minlength=packed.samples).clamp_min(1)
+        return (total / count[:, None]).double().numpy()
+
+    parts = [(name, rows) for name in context.names for rows in chunks(n)]
+    costs = [float((context.inside_NC[rows] & context.columns(name)).sum()) for name, rows in parts]
+    found = context.spread("pooled features", parts, lambda item: part(*item), costs)
+    return {name: np.concatenate([x for (m, _), x in zip(parts, found, strict=True) if m == name]) for name in context.names}
 
 
 def cosines(query_ND: np.ndarray, candidate_ND: np.ndarray) -> np.ndarray:

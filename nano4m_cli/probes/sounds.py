@@ -9,7 +9,7 @@ import numpy as np
 from nano4m_cli.data.sources import _scene_sound as scene
 from nano4m_cli.probes._audio import RISE, cents, log_mel, onset, pitch
 from nano4m_cli.probes._base import Probe as Base
-from nano4m_cli.probes._context import Context, missing
+from nano4m_cli.probes._context import Context, Made, missing
 from nano4m_cli.probes._directions import heard, plans, sampled_with, train_mean
 from nano4m_cli.probes._result import Findings, Metric, mean_metric
 
@@ -33,7 +33,8 @@ class Probe(Base):
         return lack or (None if plans(context, "audio") else "the run tells sound from nothing else")
 
     def measure(self, context: Context) -> Findings:
-        n, size = heard(context, "audio"), context.tokenizer("audio").size
+        n, size, todo = heard(context, "audio"), context.tokenizer("audio").size, plans(context, "audio")
+        context.ahead([(Made(plan, ["audio"], None, n), "audio") for plan in todo], [("audio", n)], "sounds made")
         truth = context.raw("audio")[:n]
         bands = log_mel(truth, size)
         notes = Notes(context, n) if context.info.source == "scenes" else None
@@ -43,11 +44,9 @@ class Probe(Base):
         best = figures(truth)
         metrics = [_metric(f"audio/true_{k}", v) for k, v in best.items()]
         metrics += [_metric(f"audio/roundtrip_{k}", v) for k, v in own.items()]
-        todo = plans(context, "audio")
-        for i, plan in enumerate(todo):
+        made_of = lambda plan: figures(context.decoded(plan, ["audio"], "audio", limit=n))  # noqa: E731
+        for plan, made in zip(todo, context.spread("sounds", todo, made_of), strict=True):
             name = context.direction(plan, "audio")
-            context.progress(name, i, len(todo))
-            made = figures(context.decoded(plan, ["audio"], "audio", limit=n))
             for what, value in made.items():
                 values, weights = own[what]
                 more = {"majority": float(np.abs(mean - bands).mean())} if what == "mel" else {}

@@ -97,22 +97,26 @@ class Probe(Base):
         scored = Scored(test, Mixture(config.masking, test.layout), context)
         sizes = [n for n in o.sizes if n <= len(train)]
         left = [n for n in o.sizes if n > len(train)]
-        jobs, done = len(sizes) * len(ARMS) * len(o.rates) * o.repeats, 0
         metrics, curves, chosen = [], {}, []
+        draws = {(n, r): Few(train, np.sort(permutation(len(train), context.seed, "transfer", r)[:n]))
+                 for n in sizes for r in range(o.repeats)}
+
+        def tuned(n: int, r: int, arm: str) -> tuple[float, int, np.ndarray]:
+            """Return the best rate and step, and the test samples' -log p by the model there."""
+            found = [_tuned(context, config, rate, context.seed + r, draws[n, r], val, arm) for rate in o.rates]
+            best = min(found, key=lambda t: t.loss)
+            return best.rate, best.step, scored.nll(best.model)
+
+        jobs = [(n, r, arm) for n, r in draws for arm in ARMS]
+        told = dict(zip(jobs, context.spread(f"transfer to {target.name}", jobs, lambda job: tuned(*job)), strict=True))
         for n in sizes:
             nll: dict[str, list[np.ndarray]] = {arm: [] for arm in (*ARMS, "unigram")}
             for r in range(o.repeats):
-                few = Few(train, np.sort(permutation(len(train), context.seed, "transfer", r)[:n]))
                 for arm in ARMS:
-                    found = []
-                    for rate in o.rates:
-                        context.progress(f"transfer to {target.name}: {n} samples from {arm}", done, jobs)
-                        found.append(_tuned(context, config, rate, context.seed + r, few, val, arm))
-                        done += 1
-                    best = min(found, key=lambda t: t.loss)
-                    chosen.append(f"{n} {arm}: rate x{best.rate:g}, step {best.step}")
-                    nll[arm].append(scored.nll(best.model))
-                nll["unigram"].append(scored.unigram(few))
+                    rate, step, values = told[n, r, arm]
+                    chosen.append(f"{n} {arm}: rate x{rate:g}, step {step}")
+                    nll[arm].append(values)
+                nll["unigram"].append(scored.unigram(draws[n, r]))
             for m in scored.measured({k: np.mean(v, 0) for k, v in nll.items()}, n):
                 metrics.append(m)
                 if m.name.endswith("/ce"):
@@ -139,6 +143,8 @@ class Probe(Base):
 
 class Few:
     """Some samples of token data, as the loop's tasks read them."""
+
+    streamed = False  # all of them are here
 
     def __init__(self, data: TokenData, index_N: np.ndarray):
         self.data, self.index_N = data, index_N

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from nano4m_cli import dist
 from nano4m_cli.probes import _speech as speech
 from nano4m_cli.probes import _speech_sound as sound
 from nano4m_cli.probes._base import Probe as Base
@@ -82,7 +83,7 @@ class Probe(Base):
             if o.listen is not None:
                 keys = [context.tokens.key(i) for i in range(n)]
                 folder = Path(o.listen) if len(self._directions(context)) == 1 else Path(o.listen) / f"{source}-{target}"
-                shown = write_page(folder, context, name, keys, systems, o.items)
+                shown = dist.by_first(lambda: write_page(folder, context, name, keys, systems, o.items))  # noqa: B023
                 notes.append(f"a listening test of {shown} sounds was written for {name}: send listen.html, keep key.json; "
                              "then 'nano4m eval --probe mos mos.ratings=DIR'")
             options = context.sampling([target])
@@ -99,10 +100,10 @@ class Probe(Base):
         figures: dict[str, tuple[Callable, str, bool]] = {"mcd": (sound.mcd, "dB", False), "stoi": (sound.stoi, "", True)}
         if self.options.pesq:
             figures["pesq"] = (sound.pesq, "", True)
-        for at, (what, (figure, unit, higher)) in enumerate(figures.items()):
-            context.progress(f"{what} of {target}", at, len(figures))
-            of = lambda some, f=figure: np.array(  # noqa: E731 - NaN where there is nothing to compare
-                [np.nan if m is None else f(m, t) for m, t in zip(some, truth, strict=True)])
+        for what, (figure, unit, higher) in figures.items():
+            of = lambda some, f=figure, what=what: np.array(context.spread(  # noqa: E731 - NaN where there is nothing to compare
+                f"{what} of {target}", list(zip(some, truth, strict=True)),
+                lambda pair: np.nan if pair[0] is None else f(*pair)))
             more = {"unit": unit, "higher_is_better": higher}
             near = of(trip)
             chance = of([None if i is None else truth[i] for i in other])

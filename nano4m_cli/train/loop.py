@@ -449,7 +449,9 @@ class Trainer:
 
 
 def _step_of(line: str) -> int:
+    """Return the step that a record is of; what was skipped is told before its step is made."""
     try:
-        return int(json.loads(line)["step"])
+        note = json.loads(line)
+        return int(note["step"]) + (note["kind"] == "skipped")
     except (ValueError, KeyError):
         return 1 << 60  # a line cut by a kill

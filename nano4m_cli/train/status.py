@@ -40,6 +40,7 @@ class Status:
     val: dict[str, float] = field(default_factory=dict)
     speed: dict[str, Any] = field(default_factory=dict)
     stalls: int = 0
+    skipped: int = 0
     checkpoint: str | None = None
     checkpoint_age: float | None = None
 
@@ -54,7 +55,7 @@ def status(run: Path, now: float | None = None) -> Status:
     now = time.time() if now is None else now
     steps = int(load_yaml(run / "config.yaml").get("train", {}).get("steps", 0))
     records = [r for r in metrics(run) if isinstance(r, dict) and {"kind", "step", "time"} <= r.keys()]
-    of = {k: [r for r in records if r["kind"] == k] for k in ("start", "train", "val", "speed", "stall")}
+    of = {k: [r for r in records if r["kind"] == k] for k in ("start", "train", "val", "speed", "stall", "skipped")}
     last = of["train"][-1] if of["train"] else None
     start = of["start"][-1] if of["start"] else {}
     points = checkpoint.checkpoints(run)
@@ -81,6 +82,7 @@ def status(run: Path, now: float | None = None) -> Status:
         eta=None if done or per_step is None else (steps - step) * per_step,
         silence=silence, restarts=max(len(of["start"]) - 1, 0), ranks=start.get("ranks", 1), host=start.get("host"),
         train=_figures(of["train"]), val=_figures(of["val"]), speed=_figures(of["speed"]), stalls=len(of["stall"]),
+        skipped=sum(r.get("n", 0) for r in of["skipped"]),
         checkpoint=points[-1].name if points else None,
         checkpoint_age=now - (points[-1] / "state.json").stat().st_mtime if points else None,
     )

@@ -4,7 +4,7 @@
 #   NANO4M_ROOT       the workspace with data/ and runs/ (default: where sbatch was called)
 #   NANO4M_SETUP      a file to source first, e.g. with `module load` lines
 #   NANO4M_PYTHON     the Python to use (default: that of .venv in the checkout, else python3)
-#   NANO4M_PROCS      training processes per node (default: the GPUs of the node, else 1)
+#   NANO4M_PROCS      processes of train and eval per node (default: the GPUs of the node, else 1)
 #   NANO4M_REQUEUES   starts of one job at most, after the first (default 100)
 #   NANO4M_RETRIES    starts after a failure that fail again, without a new checkpoint, until a job ends (default 2)
 #   NANO4M_RESEND     seconds between two signals to processes that are asked to stop (default 10)
@@ -97,14 +97,82 @@ again() {
   exit 1
 }
 
-# once COMMAND...: run a nano4m command that keeps what it has finished (fetch, tokenize, generate, eval), in one task.
+# -- several processes ---------------------------------------------------------------------------------------------------
+
+nodes=() # of several processes, once they know where to meet
+
+# address NODE: print an address by which others reach it. Its own name may be 127.0.1.1 there, and ours is here.
+address() {
+  local found
+  found=$(getent ahostsv4 "$1" 2>/dev/null | awk 'NR == 1 {print $1}')
+  case $found in
+    "" | 127.*)
+      found=$(scontrol show node "$1" 2>/dev/null | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p' | head -n 1)
+      case $found in *[!0-9.]*) found=$(getent ahostsv4 "$found" | awk 'NR == 1 {print $1}') ;; esac ;;
+  esac
+  case $found in "" | 127.*) found=$(hostname -I 2>/dev/null | awk '{print $1}') ;; esac
+  echo "$found"
+}
+
+# processes: set NANO4M_PROCS, the processes of each node.
+processes() {
+  NANO4M_PROCS=${NANO4M_PROCS:-${SLURM_GPUS_ON_NODE:-1}}
+  [ "$NANO4M_PROCS" -gt 0 ] || NANO4M_PROCS=1
+}
+
+# meet: set `nodes`, and say where the processes of all of them meet.
+meet() {
+  processes
+  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  NANO4M_HEAD=$(address "${nodes[0]}")
+  NANO4M_PEER=$(address "${nodes[1]:-${nodes[0]}}")
+  # A port from the job's number, the next one where something listens there already; this shell runs on the first node.
+  NANO4M_PORT=$("$NANO4M_PYTHON" - "$SLURM_JOB_ID" <<'P'
+import socket
+import sys
+
+for i in range(200):
+    port = 15000 + (int(sys.argv[1]) * 7 + i) % 15000
+    with socket.socket() as s:
+        try:
+            s.bind(("", port))
+        except OSError:
+            continue
+    print(port)
+    break
+P
+)
+  NANO4M_RDZV=$SLURM_JOB_ID.$starts
+  export NANO4M_HEAD NANO4M_PEER NANO4M_PORT NANO4M_PROCS NANO4M_RDZV
+  [ -n "${OMP_NUM_THREADS:-}" ] || export OMP_NUM_THREADS=$((${SLURM_CPUS_PER_TASK:-1} / NANO4M_PROCS > 0 ? ${SLURM_CPUS_PER_TASK:-1} / NANO4M_PROCS : 1))
+}
+
+# everywhere COMMAND...: run a nano4m command in NANO4M_PROCS processes on every node, after `meet`.
+everywhere() {
+  # --kill-on-bad-exit: where one node failed the others would wait for it. Workers that stop in order leave together.
+  step srun --kill-on-bad-exit=1 --ntasks="${#nodes[@]}" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+    bash "$NANO4M_HOME/scripts/slurm/_node.sh" --torchrun nano4m_cli "$@"
+}
+
+# once COMMAND...: run a nano4m command that keeps what it has finished (fetch, tokenize, generate, eval), in one task; after
+# `meet` in all processes of all nodes, which share its work.
 once() {
   local rc=0
-  say "job $SLURM_JOB_ID, start $starts, on ${SLURMD_NODENAME:-$(hostname)}: nano4m $*"
-  step srun --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-    bash "$NANO4M_HOME/scripts/slurm/_node.sh" "$NANO4M_PYTHON" -m nano4m_cli "$@" || rc=$?
+  if [ ${#nodes[@]} -gt 0 ]; then
+    say "job $SLURM_JOB_ID, start $starts, on ${#nodes[@]} node(s) ${nodes[*]} with $NANO4M_PROCS process(es) each: nano4m $*"
+    everywhere "$@" || rc=$?
+  else
+    say "job $SLURM_JOB_ID, start $starts, on ${SLURMD_NODENAME:-$(hostname)}: nano4m $*"
+    step srun --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+      bash "$NANO4M_HOME/scripts/slurm/_node.sh" "$NANO4M_PYTHON" -m nano4m_cli "$@" || rc=$?
+  fi
   if [ "$rc" = 0 ]; then rm -rf "$flags"; say "done"; exit 0; fi
   [ ! -e "$flags/stop" ] || again "stopped before the end"
+  # TERM to the steps alone: this shell heard nothing, and torchrun does not tell by what its processes ended.
+  case $(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.*PreemptTime=\([^ ]*\).*/\1/p' | head -n 1) in
+    "" | None) ;;
+    *) again "preempted" ;;
+  esac
   # Killed (memory, an operator): worth another try. An error that it told of would come again.
   [ "$rc" -le 128 ] || [ "$starts" -ge "${NANO4M_RETRIES:-2}" ] || again "killed (exit code $rc)"
   rm -rf "$flags"

@@ -33,7 +33,8 @@ s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect((sys.argv[1], 9)
       --rdzv-conf="is_host=$is_host,join_timeout=${NANO4M_JOIN:-600}")
     echo "[nano4m] $here is node $SLURM_NODEID of $SLURM_JOB_NUM_NODES, at $address${card:+ by $card}" >&2
   fi
-  set -- "$NANO4M_PYTHON" -m torch.distributed.run "${arguments[@]}" -m "$@"
+  # After --, what looks like an option of torchrun is one of the command: --run is not short for its --run-path.
+  set -- "$NANO4M_PYTHON" -m torch.distributed.run "${arguments[@]}" -m -- "$@"
   "$@" &
   child=$!
   # The workers see to it, once they listen; of TERM (a preemption) the batch shell may not know, which repeats what it hears.
