@@ -251,6 +251,7 @@ def test_one_run_survives_what_a_cluster_does_to_it(cluster, here, tmp_path_fact
     half = folder / "checkpoints" / cut / "model.safetensors"
     os.truncate(half, half.stat().st_size // 2)
     cluster.script("up", KILL_WAIT=1)
+    send(pids[:2], signal.SIGCONT)
     trains(6)
     told = f"{cut} is damaged: model.safetensors is not what was written (its sha256 differs); it is damaged-{cut} now"
     assert said().count(told) == 1 and f"training goes on from {older}" in said()
