@@ -11,7 +11,8 @@
         TokenError               ids outside their vocabulary, or of the wrong shape
       FetchError                 a download or a source that failed
       WeightsError               weights that are missing or do not fit
-      CheckpointError            a checkpoint that is missing, damaged or of another run
+      CheckpointError            a checkpoint that is missing or of another run
+        DamagedError               one whose files are not what was written
       TrainingError              training cannot go on
 """
 
@@ -87,6 +88,10 @@ class WeightsError(Nano4MError):
 
 
 class CheckpointError(Nano4MError):
+    pass
+
+
+class DamagedError(CheckpointError):
     pass
 
 

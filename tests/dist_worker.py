@@ -3,13 +3,15 @@
     python tests/dist_worker.py ROOT GROUPS.json
 
 A group: {"ranks", "port", "jobs": [...]} trains a list of runs, each {"name", "changes", "resume", "stop": {"rank", "step"},
-"poison": {"rank", "step"}}. What a job raises goes to ROOT/said/<name>.<n>.rank-<rank>.json, with a hash of the rank's weights
-after it and the number of buckets it sent. Or {"ranks", "port", "name", "command": [...]}: a command line on every rank, its
-stderr in ROOT/said/<name>.rank-<rank>.txt. Exit codes go to ROOT/said/codes.json, by group.
+"poison": {"rank", "step"}, "fill": {"rank", "step"} (all of the disk but a few pages; "free" gives it back before), "cut": a file
+of the newest checkpoint that loses its second half before}. What a job raises goes to ROOT/said/<name>.<n>.rank-<rank>.json, with
+a hash of the rank's weights after it and the number of buckets it sent. Or {"ranks", "port", "name", "command": [...]}: a command
+line on every rank, its stderr in ROOT/said/<name>.rank-<rank>.txt. Exit codes go to ROOT/said/codes.json, by group.
 
 Ranks are forked from a process that has torch already: importing it takes longer than all that they do.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,7 +29,7 @@ from nano4m_cli import __main__ as cli
 from nano4m_cli import dist
 from nano4m_cli.data.workspace import Workspace
 from nano4m_cli.errors import Nano4MError
-from nano4m_cli.train import loop, parallel, run, sharding
+from nano4m_cli.train import checkpoint, loop, parallel, run, sharding
 
 torch.set_num_threads(1)
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -49,16 +51,26 @@ def work(root: Path, number: int, job: dict) -> None:
             weight.data = weight.data * float("nan")
         if job.get("stop") == {"rank": dist.rank(), "step": self.step}:
             os.kill(os.getpid(), signal.SIGUSR1)
+        if job.get("fill") == {"rank": dist.rank(), "step": self.step}:
+            fill(root / "runs" / job["name"] / "filler")
         return one_step(self, parts)
 
     loop.Trainer._one_step, parallel._sum = step, counted
     try:
         prepared = run.prepare(config(root, name=job["name"], **job.get("changes", {})), Workspace(root))
-        run.start(prepared, job.get("resume", False), "cpu", lambda record: None)
+        if "free" in job:
+            out["left"] = sorted(p.name for p in (prepared.folder / "checkpoints").iterdir())
+            dist.barrier()
+            (prepared.folder / "filler").unlink(missing_ok=True)
+        if "cut" in job and dist.rank() == 0:
+            file = checkpoint.latest(prepared.folder) / job["cut"]
+            os.truncate(file, file.stat().st_size // 2)
+        dist.barrier()
+        run.start(prepared, job.get("resume", False), "cpu", lambda record: None, "cut" in job)
     except Nano4MError as err:
-        out = {"error": type(err).__name__, "message": err.message, "hint": err.hint, "said": err.said}
+        out |= {"error": type(err).__name__, "message": err.message, "hint": err.hint, "said": err.said}
     except loop.Stopped as err:
-        out = {"stopped": err.step, "signum": err.signum}
+        out |= {"stopped": err.step, "signum": err.signum}
     finally:
         loop.Trainer._one_step, parallel._sum = one_step, summed
     if seen:
@@ -67,6 +79,13 @@ def work(root: Path, number: int, job: dict) -> None:
             digest.update(name.encode() + sharding.local(p).detach().numpy().tobytes())
         out |= {"weights": digest.hexdigest(), "sent": len(sent)}
     (said / f"{job['name']}.{number}.rank-{dist.rank()}.json").write_text(json.dumps(out))
+
+
+def fill(path: Path) -> None:
+    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    os.truncate(path, path.stat().st_size - 10 * 4096)
 
 
 def member(root: Path, group: dict) -> int:

@@ -33,7 +33,8 @@ class Cluster:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        cluster = {"FOLDER": folder, "NAME": "nt", "NET": "10.93", "NODES": 3, "LOOPBACK_NAMES": 1, "TWO_CARDS": 1, "INSTALL": 1}
+        cluster = {"FOLDER": folder, "NAME": "nt", "NET": "10.93", "NODES": 3, "GPUS": 2, "LOOPBACK_NAMES": 1, "TWO_CARDS": 1,
+                   "INSTALL": 1}
         drop = ("SLURM", "SBATCH", "NANO4M", "OMP_NUM_THREADS")
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(drop)} | {
             **{k: str(v) for k, v in cluster.items()}, "SLURM_CONF": str(folder / "slurm.conf"),

@@ -328,6 +328,46 @@ def test_damaged_checkpoint_at_resume(space, how):
     assert weights(folder) == weights(space.root / "runs" / "whole")
 
 
+@pytest.mark.parametrize("how", ["half of model", "half of state", "no model"])
+def test_damaged_checkpoint_is_set_aside_where_asked(space, how):
+    """What an unattended job does: two in a row, and the weights are those of a run that nothing happened to."""
+    keep = {**LONG, "train__keep": 9}
+    folder = stop_at(space, 6, train__keep=9)
+    checkpoints = folder / "checkpoints"
+    damage(checkpoints / "step-00000004", "one byte")
+    damage(checkpoints / "step-00000006", how)
+    done = train(space, "--resume", "--set-aside", **keep)
+    accepted(done)
+    for at, before in ((6, 4), (4, 2)):
+        assert done.stderr.count(f"warning: checkpoint {checkpoints}/step-0000000{at} is damaged: ") == 1
+        assert f"it is damaged-step-0000000{at} now, and training goes on from step-0000000{before}" in done.stderr
+    assert {"damaged-step-00000004", "damaged-step-00000006", "step-00000010"} < {p.name for p in checkpoints.iterdir()}
+    accepted(train(space, name="whole", **keep))
+    assert weights(folder) == weights(space.root / "runs" / "whole")
+    assert records(folder) == records(space.root / "runs" / "whole")
+
+
+def test_the_last_checkpoint_there_is_is_not_set_aside(space):
+    refused(train(space, "--set-aside", **LONG), 2, "--set-aside needs --resume")
+    folder = stop_at(space, 2)
+    damage(folder / "checkpoints" / "step-00000002", "one byte")
+    before = snapshot(folder)
+    refused(train(space, "--resume", "--set-aside", **LONG), 1, "step-00000002 is damaged", hint="there is no earlier one")
+    assert snapshot(folder) == before
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_is_not_called_damaged(space, monkeypatch):
+    folder = stop_at(space, 6)
+
+    def gone(path):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(checkpoint, "_sha256", gone)
+    for more in ([], ["--set-aside"]):
+        refused(train(space, "--resume", *more, **LONG), 1, "step-00000006 cannot be read: Stale file handle", hint="disk")
+    assert [p.name for p in checkpoint.checkpoints(folder)] == ["step-00000004", "step-00000006"]
+
+
 @pytest.mark.parametrize("how", DAMAGE)
 def test_damaged_checkpoint_at_generate(studio, how):
     old, new = checkpoint.checkpoints(studio.root / "runs" / "demo")

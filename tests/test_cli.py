@@ -326,7 +326,7 @@ def test_a_stopped_run_says_how_to_go_on(here, monkeypatch, signum, code):
     from nano4m_cli.train import loop
     from nano4m_cli.train import run as core
 
-    def start(prepared, resume, device, callback):
+    def start(prepared, resume, device, callback, set_aside):
         callback(loop.StepRecord("train", 5, 9, {"loss": 2.5, "ce_rgb": 3.25, "lr": 0.1, "samples_per_s": 80.0}))
         raise loop.Stopped(7, signum)
 

@@ -57,6 +57,8 @@ JOBS = {
         {"name": "for_one", "changes": FSDP, "stop": {"rank": 0, "step": 2}},
         {"name": "one_to_two", "changes": BASE, "resume": True},
         {"name": "skip_two", "changes": SKIP},
+        {"name": "shards_half", "changes": FSDP, "stop": {"rank": 0, "step": 4}},
+        {"name": "shards_half", "changes": FSDP, "resume": True, "cut": "model/rank-00001-of-00002.safetensors"},
     ],
     3: [
         {"name": "three", "changes": BASE},
@@ -66,6 +68,11 @@ JOBS = {
     ],
 }
 
+FULL = {"full": FSDP, "full_async": {**FSDP, "train__save_async": True}}  # each on a small disk of its own
+FULL_JOBS = [
+    {"name": name, "changes": changes, **how}
+    for name, changes in FULL.items() for how in ({"fill": {"rank": 0, "step": 4}}, {"free": True, "resume": True})
+]
 
 BROKEN = [1, 4, 5, 12]  # places in shard 1
 
@@ -85,7 +92,7 @@ def environment(rank: int = 0, ranks: int = 1, at: int = 0) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def trained(by_hand, tmp_path_factory):  # noqa: F811
+def trained(by_hand, tmp_path_factory, request):  # noqa: F811
     """A workspace with the runs of one, two and three processes; data set `broken` has samples that cannot be read."""
     space = copied(by_hand, tmp_path_factory.mktemp("dist"))
     shutil.copytree(space.root / "data" / "scenes", space.root / "data" / "broken")
@@ -98,7 +105,9 @@ def trained(by_hand, tmp_path_factory):  # noqa: F811
     (space.root / "tiny.yaml").write_text("{}")
     unread = ["train", space.root / "tiny.yaml", *settings(**{**BASE, "name": "unread", "data__dataset": "broken"}),
               "--root", space.root, "--device", "cpu"]
-    groups = [*({"ranks": ranks, "port": port(), "jobs": jobs} for ranks, jobs in JOBS.items()),
+    small = [mounted(space.root / "runs" / name, request) for name in FULL]
+    more = {2: FULL_JOBS if all(small) else []}
+    groups = [*({"ranks": ranks, "port": port(), "jobs": jobs + more.get(ranks, [])} for ranks, jobs in JOBS.items()),
               {"ranks": 2, "port": port(), "name": "unread", "command": [str(a) for a in unread]}]
     (space.root / "groups.json").write_text(json.dumps(groups))
     command = [sys.executable, REPO / "tests" / "dist_worker.py", space.root, space.root / "groups.json"]
@@ -108,6 +117,15 @@ def trained(by_hand, tmp_path_factory):  # noqa: F811
     one(space, "for_one", FSDP, resume=True)
     torch.set_num_threads(before)
     return space
+
+
+def mounted(folder, request):
+    """Put a small disk in the place of a folder until the end; return whether that may be done here."""
+    folder.mkdir(parents=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True)
+    if done.returncode == 0:
+        request.addfinalizer(lambda: subprocess.run(["umount", folder], check=True))
+    return done.returncode == 0
 
 
 def one(space, name, changes, resume=False, stop=None):
@@ -240,6 +258,15 @@ def test_shards_stop_and_go_on_bit_for_bit(trained):
     assert records(runs / "shards_cut", "train", "val") == records(runs / "shards", "train", "val")
 
 
+def test_shards_of_which_one_is_cut_in_half_are_set_aside_and_the_run_is_the_same(trained):
+    runs = trained.root / "runs"
+    assert not any("error" in s for s in said(trained, "shards_half", 15, 2))
+    points = sorted(p.name for p in (runs / "shards_half" / "checkpoints").iterdir())
+    assert points == ["damaged-step-00000005", "step-00000003", "step-00000006"]
+    assert weights(runs / "shards_half") == weights(runs / "shards")
+    assert records(runs / "shards_half", "train", "val") == records(runs / "shards", "train", "val")
+
+
 def test_a_checkpoint_is_read_by_any_number_of_ranks(trained):
     runs = trained.root / "runs"
     want = records(runs / "one", "train", "val")
@@ -297,6 +324,23 @@ def test_a_damaged_shard_is_told(trained, tmp_path):
     bad.write_bytes(bad.read_bytes()[:-4] + b"\0\1\2\3")
     with pytest.raises(checkpoint.CheckpointError, match="model/rank-00001-of-00002.safetensors is not what was written"):
         checkpoint.load(there)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_disk_that_is_full_while_shards_are_written(trained, name):
+    """Both ranks end with a word, what was written of it is gone, and training goes on once there is space."""
+    if not os.path.ismount(trained.root / "runs" / name):
+        pytest.skip("no small disk here")
+    number = len(JOBS[2]) + 2 * list(FULL).index(name)
+    both = said(trained, name, number, 2)
+    assert [s["error"] for s in both] == ["CheckpointError"] * 2 and sorted(s["said"] for s in both) == [False, True]
+    assert both[0]["message"] == both[1]["message"] and both[0]["message"].startswith("checkpoint at step 6 was not written: ")
+    assert "No space left on device" in both[0]["message"]
+    assert both[0]["hint"] == "the last good one is step-00000003; free some space and go on with --resume"
+    assert [(s.get("error"), s["left"]) for s in said(trained, name, number + 1, 2)] == [(None, ["step-00000003"])] * 2
+    runs = trained.root / "runs"
+    assert weights(runs / name) == weights(runs / "shards")
+    assert records(runs / name, "train", "val") == records(runs / "shards", "train", "val")
 
 
 def test_what_stays_of_checkpoints():

@@ -78,16 +78,17 @@ def keys(here, run):
 
 
 def test_nodes_train_as_one_process(cluster, here):  # noqa: F811
-    """Two nodes and three: the same losses, and each step's samples are shared out without overlap or omission."""
+    """Three nodes, and two with two processes each: the same losses; samples are shared out without overlap or omission."""
     asked = ["tiny.yaml", "train.batch=12", "train.log_keys=true"]
-    jobs = {n: cluster.sbatch(here, "train", *asked, f"name=on{n}", options=(f"--nodes={n}",)) for n in (2, 3)}
+    launch = {3: ("--nodes=3",), 4: ("--nodes=2", "--gpus-per-node=2")}
+    jobs = {n: cluster.sbatch(here, "train", *asked, f"name=on{n}", options=options) for n, options in launch.items()}
     local(here, "train", *asked, "name=on1")
     for job in jobs.values():
         assert cluster.wait(job) == ["COMPLETED"], log(here, job)
-    said = log(here, jobs[2])
-    assert "on 2 node(s) worker1 worker2 with 1 process(es) each, at 10.93.0.11:" in said
-    assert "worker2 is node 1 of 2, at 10.93.0.12 by eth0" in said
-    assert "worker3 is node 2 of 3, at 10.93.0.13 by eth0" in log(here, jobs[3])
+    said = log(here, jobs[3])
+    assert "on 3 node(s) worker1 worker2 worker3 with 1 process(es) each, at 10.93.0.11:" in said
+    assert "worker3 is node 2 of 3, at 10.93.0.13 by eth0" in said
+    assert "on 2 node(s) worker1 worker2 with 2 process(es) each" in log(here, jobs[4])
     one, alone = records(here / "runs" / "on1", "train"), keys(here, "on1")
     assert all(len({k for s in range(at, at + 4) for k in alone[s][0]}) == 48 for at in range(1, 41, 4)), "an epoch is four steps"
     for n in jobs:
@@ -172,10 +173,11 @@ def held(pid):
 
 
 def test_one_run_survives_what_a_cluster_does_to_it(cluster, here, tmp_path_factory):  # noqa: F811
-    """Three nodes: time limit, preemption in three ways, a slurmd killed, a rank killed, a node lost. Each costs one start, and the
-    weights are those of a run that nothing happened to, bit for bit; two nodes that go on from its middle see the same samples.
+    """Three nodes: time limit, preemption in three ways, a slurmd killed, a rank killed, a node lost and meanwhile a checkpoint cut
+    in half. Each costs one start, and the weights are those of a run that nothing happened to, bit for bit; two nodes that go on
+    from the middle see the same samples.
     """
-    asked = ["tiny.yaml", "train.batch=12", "train.steps=300", "train.checkpoint_every=40", "train.log_keys=true"]
+    asked = ["tiny.yaml", "train.batch=12", "train.steps=240", "train.checkpoint_every=40", "train.log_keys=true"]
     three = ("--nodes=3", "--time=1", "--signal=B:USR1@40")
     job = cluster.sbatch(here, "train", *asked, "name=hurt", options=three)
     folder = here / "runs" / "hurt"
@@ -186,9 +188,9 @@ def test_one_run_survives_what_a_cluster_does_to_it(cluster, here, tmp_path_fact
 
     def trains(start):
         wait_for(f"start {start}\n{said()[-3000:]}", lambda: progress(here, job, "hurt", start))
-        assert cluster.job(job)["Restarts"] == str(start), said()
         pids = ranks_of(cluster, job)
         send(pids, signal.SIGSTOP)  # so that it does not end before something happened to it
+        assert cluster.job(job)["Restarts"] == str(start), said()
         return pids
 
     def preempt():
@@ -243,19 +245,24 @@ def test_one_run_survives_what_a_cluster_does_to_it(cluster, here, tmp_path_fact
     shutil.copy(here / "tiny.yaml", fewer)
     shutil.copytree(folder, fewer / "runs" / "hurt")
     middle = int(saved()[-1].removeprefix("step-"))
-    cluster.script("lose", "worker3")
-    cluster.script("up", KILL_WAIT=1)
-    trains(6)
+    other = cluster.sbatch(fewer, "train", *asked, "name=hurt", options=(*TWO, "--nodelist=worker[1-2]"))
+    cluster.script("lose", "worker3", SILENT=1)
+    older, cut = saved()  # keep: 2
+    half = folder / "checkpoints" / cut / "model.safetensors"
+    os.truncate(half, half.stat().st_size // 2)
+    wait_for("SLURM notices", lambda: cluster.job(job)["Restarts"] == "6")
     cluster.script("up")
-    other = cluster.sbatch(fewer, "train", *asked, "name=hurt", options=TWO)
+    trains(6)
+    told = f"{cut} is damaged: model.safetensors is not what was written (its sha256 differs); it is damaged-{cut} now"
+    assert said().count(told) == 1 and f"training goes on from {older}" in said()
     send(ranks_of(cluster, job), signal.SIGCONT)
     finish(whole)
     assert cluster.wait(job) == cluster.wait(other) == ["COMPLETED"], said()[-4000:]
-    assert cluster.job(job)["Restarts"] == "6" and said().rstrip().endswith("done: run 'hurt', step-00000300")
+    assert cluster.job(job)["Restarts"] == "6" and said().rstrip().endswith("done: run 'hurt', step-00000240")
     assert weights(folder) == weights(here / "runs" / "whole")
     assert records(folder, "train") == records(here / "runs" / "whole", "train")
     whole, went_on = keys(here, "whole"), keys(fewer, "hurt")
-    assert keys(here, "hurt") == whole and sorted(whole) == sorted(went_on) == list(range(1, 301))
+    assert keys(here, "hurt") == whole and sorted(whole) == sorted(went_on) == list(range(1, 241))
     for step, parts in went_on.items():
         assert len(parts) == (3 if step <= middle else 2)
         assert sorted(k for p in parts for k in p) == sorted(k for p in whole[step] for k in p)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parent.parent / "scripts" / "bench"
+REPO = Path(__file__).parents[1]
+BENCH = REPO / "scripts" / "bench"
 
 
 @pytest.mark.slow
@@ -20,6 +21,41 @@ def test_three_kills_of_two_processes_leave_no_trace():
     assert figures["kills"]["value"] == 3 and figures["identical"]["value"] == 1
     assert done.stderr.count("kill ") == 3
     assert 0 <= figures["steps_lost"]["high"] < 120
+
+
+LEAVER = """
+import os, sys, threading, time
+from datetime import timedelta
+import torch, torch.distributed as td
+from nano4m_cli import __main__ as cli
+
+def app(prog_name):
+    td.init_process_group("gloo", timeout=timedelta(seconds=60))
+    td.barrier()
+    if os.environ["RANK"] == "0":
+        for _ in range(4):
+            td.all_reduce(torch.ones(9), async_op=True).get_future().then(lambda future: future.value()[0])
+        raise SystemExit(3)
+    time.sleep(0.05)  # the other is on its way out
+    for _ in range(4):
+        td.all_reduce(torch.ones(9), async_op=True)
+    time.sleep(1)
+
+cli.app = app
+cli.main()
+os._exit(0)
+"""
+
+
+def test_a_rank_that_leaves_while_others_still_send_keeps_its_exit_code(tmp_path):
+    """Taking Python down with a collective on its way is SIGABRT nearly every time."""
+    from test_dist import environment, port
+
+    at = port()
+    ranks = [subprocess.Popen([sys.executable, "-c", LEAVER], env=environment(r, 2, at), stderr=subprocess.PIPE, text=True)
+             for r in range(2)]
+    told = [p.communicate(timeout=120)[1] for p in ranks]
+    assert ranks[0].returncode == 3 and "terminate called" not in told[0], told
 
 
 def test_the_scaling_bench_counts_right():

@@ -20,7 +20,7 @@ from nano4m_cli.train import loop, watch
 from nano4m_cli.train.run import prepare, start
 from nano4m_cli.train.sinks import open_sinks, scalars
 from nano4m_cli.train.status import status
-from nano4m_cli.train.watch import Watch, blame, spread, stall_line
+from nano4m_cli.train.watch import KeyLog, Watch, blame, spread, stall_line
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -315,3 +315,14 @@ def test_rows_of_tokens_keep_their_order_where_none_is_broken(by_hand):  # noqa:
 
     data = TokenData(by_hand.dataset(), "train", ["rgb", "caption"])
     assert data.broken(np.arange(48), np.zeros(48, dtype=np.int64)) == {}
+
+
+def test_keys_after_the_checkpoint_are_dropped_of_ranks_that_are_no_more_too(tmp_path):
+    for rank in range(3):
+        path = tmp_path / "keys" / f"rank-{rank:05d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps({"step": s, "keys": [f"{rank}.{s}"]}) + "\n" for s in range(1, 6)) + '{"step": 6, "ke')
+    log = KeyLog(tmp_path, 3)  # one process goes on where three were
+    log.write(4, ["a"])
+    steps = {p.name: [json.loads(line)["step"] for line in p.read_text().splitlines()] for p in (tmp_path / "keys").iterdir()}
+    assert steps == {"rank-00000.jsonl": [1, 2, 3, 4], "rank-00001.jsonl": [1, 2, 3], "rank-00002.jsonl": [1, 2, 3]}

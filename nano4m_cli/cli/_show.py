@@ -239,7 +239,7 @@ def record_line(record: Any, eta: float | None = None) -> str:
     """Return the line for a step record; empty for "done"."""
     if record.kind == "done":
         return ""
-    if record.kind in ("stall", "late", "skipped"):
+    if record.kind in ("damaged", "stall", "late", "skipped"):
         return record.note
     if record.kind == "checkpoint":
         return f"checkpoint saved at step {record.step}"

@@ -19,6 +19,9 @@ def command(
     config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML file.")] = None,
     settings: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
+    set_aside: Annotated[
+        bool, typer.Option("--set-aside", help="With --resume: rename a damaged newest checkpoint, and take the one before.")
+    ] = False,
     device: Device = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be trained and what the masking shows; write nothing.")
@@ -66,6 +69,8 @@ def command(
             raise UsageError("missing argument 'CONFIG'", "nano4m train cfgs/demo.yaml, or nano4m train --status")
         loaded = load_run_config(find_config(config), settings or [])
         workspace = Workspace.at(root)
+        if set_aside and not resume:
+            raise UsageError("--set-aside needs --resume", "without it no checkpoint is read")
         if push and not export:
             raise UsageError("--push needs --export", "--export DIR says where the export is written first")
         if here.ranks > 1 and (export or loaded.task in ("tokenizer", "import")):
@@ -78,7 +83,7 @@ def command(
         work = _fit_tokenizer if loaded.task == "tokenizer" else _import
         work(show, workspace, loaded, resume, device, dry_run)
     else:
-        _train(show, workspace, loaded, resume, device, dry_run, quiet)
+        _train(show, workspace, loaded, (resume, set_aside), device, dry_run, quiet)
 
 
 def find_config(given: str) -> Path:
@@ -96,7 +101,7 @@ def find_config(given: str) -> Path:
     raise ConfigError(f"no config file '{given}'", did_you_mean(str(name.with_suffix("")), known))
 
 
-def _train(show: Show, workspace: Any, config: Any, resume: bool, device: str, dry_run: bool, quiet: bool) -> None:
+def _train(show: Show, workspace: Any, config: Any, resume: tuple[bool, bool], device: str, dry_run: bool, quiet: bool) -> None:
     from nano4m_cli import dist
     from nano4m_cli.train.loop import Stopped
     from nano4m_cli.train.run import prepare, start
@@ -119,7 +124,8 @@ def _train(show: Show, workspace: Any, config: Any, resume: bool, device: str, d
         show.say(f"run: {prepared.config.name} ({prepared.folder}), {prepared.config.train.steps} steps on {name}{beside}")
         try:
             with show.work() as work:
-                figures = start(prepared, resume, own, work.record if dist.rank() == 0 else _late(quiet))
+                again, set_aside = resume
+                figures = start(prepared, again, own, work.record if dist.rank() == 0 else _late(quiet), set_aside)
         except Stopped as err:
             stop = err
     if stop is not None:

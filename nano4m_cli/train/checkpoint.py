@@ -24,8 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nano4m_cli.data._atomic import atomic_folder
-from nano4m_cli.errors import CheckpointError, DataError
+from nano4m_cli.data._atomic import atomic_folder, sync_folder
+from nano4m_cli.errors import CheckpointError, DamagedError, DataError
 
 FORMAT = 1
 PARTS = ("model", "ema", "optimizer", "critic")
@@ -141,6 +141,15 @@ def sweep(run: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint so that it is none; return its new path. Nothing removes it."""
+    there = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(there, ignore_errors=True)  # an older one of the same step
+    os.replace(path, there)
+    sync_folder(path.parent)
+    return there
+
+
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -156,7 +165,8 @@ class Checkpoint:
 class Reader:
     """A checkpoint to be read in parts or rows. Each file's hash is checked before anything of it is given.
 
-    Whatever is wrong with a file is a CheckpointError that offers the checkpoint before.
+    Whatever is wrong with a file is a DamagedError that offers the checkpoint before; a disk that does not give it, a
+    CheckpointError.
     """
 
     def __init__(self, path: Path):
@@ -177,11 +187,21 @@ class Reader:
             if before
             else "there is no earlier one: train again"
         )
-        return CheckpointError(f"checkpoint {self.path} is damaged: {err}", hint)
+        if isinstance(err, OSError) and not isinstance(err, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+            return CheckpointError(f"checkpoint {self.path} cannot be read: {err.strerror or err}", "is its disk there?")
+        return DamagedError(f"checkpoint {self.path} is damaged: {err}", hint)
 
     @cached_property
     def _shared(self) -> dict[str, dict[str, Any]]:
         return self.state.get("shards", {})
+
+    def check(self) -> None:
+        """Read every file, and raise what is wrong with any."""
+        try:
+            for name in self.hashes:
+                self._file(name)
+        except (OSError, ValueError) as err:
+            raise self.damaged(err) from err
 
     def has(self, part: str) -> bool:
         return f"{part}.safetensors" in self.hashes or part in self._shared

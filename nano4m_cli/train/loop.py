@@ -70,9 +70,9 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What the loop calls back with. kind: "train", "val", "checkpoint", "done". Some have a note, a line to be shown: "skipped",
-    of data that others stand in for; "stall" and "late", of a step that took long or is taking long (the latter by another
-    thread, and on the rank that it is about)."""
+    """What the loop calls back with. kind: "train", "val", "checkpoint", "done". Some have a note, a line to be shown: "damaged",
+    of a checkpoint that was set aside; "skipped", of data that others stand in for; "stall" and "late", of a step that took long or
+    is taking long (the latter by another thread, and on the rank that it is about)."""
 
     kind: str
     step: int

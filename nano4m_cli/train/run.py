@@ -22,7 +22,7 @@ from nano4m_cli.data.shard_cache import ShardCache
 from nano4m_cli.data.stream import cache_of, open_remote
 from nano4m_cli.data.stream_order import StreamOrder
 from nano4m_cli.data.workspace import DatasetFolder, Workspace
-from nano4m_cli.errors import CheckpointError, ConfigError, DataError
+from nano4m_cli.errors import CheckpointError, ConfigError, DamagedError, DataError
 from nano4m_cli.masking._mixture import MaskReport, Mixture
 from nano4m_cli.model.apple4m import Apple4M
 from nano4m_cli.model.base import TokenModel
@@ -123,19 +123,36 @@ def _in_order(dataset: DatasetFolder) -> list[str]:
     return first + [m for m in have if m not in first]
 
 
-def start(prepared: Prepared, resume: bool, device: str, callback: Callable[[StepRecord], None]) -> dict[str, float]:
+def start(prepared: Prepared, resume: bool, device: str, callback: Callable[[StepRecord], None],
+          set_aside: bool = False) -> dict[str, float]:
     """Train a prepared run to its end and return the last validation figures.
 
     Without `resume` a run folder that holds checkpoints is not touched; with it, config and tokens must be those the
     run was started with.
+
+    Args:
+        set_aside: rename a newest checkpoint that is damaged, say so, and go on from the one before, if there is one.
 
     Raises:
         Stopped: on a signal, after a checkpoint; stopped.json in the run's folder says so to whoever starts it again.
     """
     run, config = prepared.folder, prepared.config
     config_path = run / "config.yaml"
-    with dist.together():
-        exists = _check_folder(prepared, resume)
+
+    def past_damage(read: Callable[[], Any]) -> Any:
+        while True:
+            try:
+                return read()
+            except DamagedError as err:
+                if not set_aside:
+                    raise
+                _set_aside_newest(run, err, callback)
+
+    def check() -> bool:
+        with dist.together():
+            return _check_folder(prepared, resume)
+
+    exists = past_damage(check)
     with dist.together():
         if dist.rank() == 0:
             run.mkdir(parents=True, exist_ok=True)
@@ -147,7 +164,7 @@ def start(prepared: Prepared, resume: bool, device: str, callback: Callable[[Ste
     header = {"version": __version__, "task": config.task, "created": round(time.time(), 1)}
     trainer = Trainer(prepared.task, config.train, config.seed, run, header, device, callback)
     if exists:
-        trainer.resume()
+        past_damage(trainer.resume)
         if trainer.step >= config.train.steps:
             return trainer.validate()
     if dist.rank() == 0:
@@ -161,6 +178,27 @@ def start(prepared: Prepared, resume: bool, device: str, callback: Callable[[Ste
                         "time": round(time.time(), 3)}
                 write_json(run / STOPPED, note)
         raise
+
+
+def _set_aside_newest(run: Path, err: DamagedError, callback: Callable[[StepRecord], None]) -> None:
+    """Rename the newest checkpoint, which all ranks know to be damaged; raise `err` where there is none before."""
+    with dist.together():
+        if dist.rank():
+            return
+        points = checkpoint.checkpoints(run)
+        try:
+            # What another node said may be its own: a disk of the network that does not show it the files yet.
+            if len(points) > 1:
+                checkpoint.Reader(points[-1]).check()
+        except DamagedError as mine:
+            try:
+                there = checkpoint.set_aside(points[-1])
+            except OSError as why:
+                raise CheckpointError(f"cannot rename {points[-1]}: {why.strerror}", err.hint) from why
+            note = f"warning: {mine.message}; it is {there.name} now, and training goes on from {points[-2].name}"
+            callback(StepRecord("damaged", checkpoint.step_of(points[-2]), 0, {}, note))
+            return
+        raise err
 
 
 def _check_folder(prepared: Prepared, resume: bool) -> bool:

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: Nano4MError | None = None
         self._done: int | None = None
+        self._aside: Path | None = None  # where the last checkpoint in shards is being written
         self._over = threading.Event()
 
     def close(self) -> None:
@@ -53,19 +54,30 @@ class Saver:
         shared = any(is_shared(t) for part in tensors.values() for t in part.values())
         if not shared and dist.rank():
             tensors = {}
-        aside = self._begin(step) if shared else None
+        self._aside = aside = self._begin(step) if shared else None
         later = self.c.save_async
         pieces = {p: {k: piece(t, copy=later) for k, t in part.items()} for p, part in tensors.items()}
         if later:
             self._thread = threading.Thread(target=self._catch, args=(step, pieces, state, aside), name="save")
             self._thread.start()
         else:
-            with dist.together():  # whoever left earlier could end the job that writes
+            with self._all():  # whoever left earlier could end the job that writes
                 self._write(step, pieces, state, aside)
-            with dist.together():
+            with self._all():
                 self._complete(step, state, aside)
             self._done = step
         self.poll()
+
+    @contextlib.contextmanager
+    def _all(self) -> Iterator[None]:
+        """Do what any rank may fail at, together; where one did, give the disk back what was written of shards."""
+        try:
+            with dist.together():
+                yield
+        except Nano4MError:
+            if self._aside is not None and dist.rank() == 0:
+                shutil.rmtree(self._aside, ignore_errors=True)
+            raise
 
     def poll(self) -> None:
         """Say what has been written since the last call."""
@@ -77,7 +89,7 @@ class Saver:
         """Wait for the checkpoint being written, and raise on all ranks what went wrong on any."""
         if not self.c.save_async:
             return
-        with dist.together():
+        with self._all():
             if self._thread is not None:
                 self._thread.join()
                 self._thread = None

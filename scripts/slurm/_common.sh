@@ -6,7 +6,7 @@
 #   NANO4M_PYTHON     the Python to use (default: that of .venv in the checkout, else python3)
 #   NANO4M_PROCS      processes of train and eval per node (default: the GPUs of the node, else 1)
 #   NANO4M_REQUEUES   starts of one job at most, after the first (default 100)
-#   NANO4M_RETRIES    failures in a row without a new checkpoint after which a job ends (default 2)
+#   NANO4M_RETRIES    starts after a failure that fail again, without a new checkpoint, until a job ends (default 2)
 #   NANO4M_RESEND     seconds between two signals to processes that are asked to stop (default 10)
 set -uo pipefail
 
@@ -59,7 +59,7 @@ asked_to_stop() {
     done ) &
   resend=$!
 }
-trap '[ -z "$resend" ] || kill -KILL "$resend" 2>/dev/null' EXIT
+trap '[ -z "$resend" ] || kill -KILL "$resend" 2>/dev/null; rm -rf "$flags"' EXIT
 trap 'asked_to_stop USR1' USR1
 trap 'asked_to_stop TERM' TERM
 

@@ -216,7 +216,8 @@ down() {
 lose() {
   as_root lose
   local card
-  for card in eth0 eth1; do ip -n "$pre-$1" link set "$card" down 2>/dev/null || true; done # else its kernel says farewell
+  # Its kernel still says farewell to whoever talked with its processes, but for SILENT=1.
+  [ "${SILENT:-0}" = 0 ] || for card in eth0 eth1; do ip -n "$pre-$1" link set "$card" down 2>/dev/null || true; done
   end "$1" KILL
 }
 
@@ -227,6 +228,6 @@ case ${1:-} in
   down) down ;;
   status) status ;;
   env) echo "export SLURM_CONF=$SLURM_CONF" ;;
-  lose) lose "${2:?which node}" ;; # for trials: a node that dies without a word; `up` brings it back
+  lose) lose "${2:?which node}" ;; # for trials: a node that dies, with SILENT=1 as if its power went; `up` brings it back
   *) sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; exit 2 ;;
 esac
