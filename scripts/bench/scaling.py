@@ -46,10 +46,10 @@ class Plan:
     hidden: float = 2 / 3  # share of a step behind which gradients can travel: the backward pass
     # Measured: what our code does with it (constants.py).
     bytes_per_parameter: float = 12.0
-    hash: float = 1.0e9  # bytes/s of sha256, a process
-    load: float = 0.9e9  # bytes/s of reading, hashing, filling in, a process
-    batches: float = 5_000.0  # samples/s that one loader process makes ready
-    start: float = 6.0  # seconds to the first step, beside reading a checkpoint
+    hash: float = 1.6e9  # bytes/s of sha256, a process
+    load: float = 1.12e9  # bytes/s of reading, hashing, filling in, a process
+    batches: float = 13_400.0  # samples/s that one loader process makes ready
+    start: float = 2.0  # seconds to the first step, beside reading a checkpoint
 
     @property
     def update(self) -> float:
