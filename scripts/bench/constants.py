@@ -23,8 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,6 +34,7 @@ from typing import Any
 import torch
 import torch.distributed as td
 from _figures import figure, show
+from _ranks import launch
 from _reference import ROOT, make_tokens, reference_config, useful_flops
 from gpu_step import gemm_peak as bf16_peak
 from torch.utils.flop_counter import FlopCounterMode
@@ -168,17 +167,7 @@ class Bench:
         """Return what two processes take to add up tensors."""
         if self.args.device == "cuda" and torch.cuda.device_count() < 2:
             return []
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        file = self.root / "reduce.json"
-        env = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        command = [sys.executable, *sys.argv, "--reduce", str(file)]
-        place = [{**os.environ, **{k: str(v) for k, v in {**env, "RANK": r, "LOCAL_RANK": r}.items()}} for r in range(2)]
-        started = [subprocess.Popen(command, env=p) for p in place]
-        if any([p.wait() for p in started]):
-            raise SystemExit("a process failed")
-        large, small = json.loads(file.read_text())
+        large, small = launch(2, "--reduce", self.root / "reduce.json")
         return [figure("reduce_bytes_per_s", [BUCKET / s for s in large], "bytes/s"), figure("reduce_s", small, "s")]
 
     def start(self, number: int) -> float:

@@ -11,10 +11,6 @@ the mean, in tokens, as samples are dealt; `longest_of_8_in_order` as they come.
 
 import argparse
 import json
-import os
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _figures import figure, show
+from _ranks import launch
 from _reference import make_tokens, reference_config, useful_flops
 
 from nano4m_cli import dist
@@ -43,7 +40,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps of each kind in a round")
     parser.add_argument("--quick", action="store_true", help="two rounds of two steps of a small model")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    parser.add_argument("--worker", metavar="DIR", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
         args.size, args.batch, args.rounds, args.steps = "d1-1w64", 4, 2, 2
@@ -52,7 +49,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         make_tokens(Path(folder), 512)
-        rounds, about = launch(args.processes, Path(folder))
+        rounds, about = launch(args.processes, "--worker", Path(folder) / "rounds.json")
         dealt, in_order = loads(Workspace(Path(folder)), 8, args.batch)
     n = args.processes
     share = lambda what: [r["one"] / r[what] for r in rounds]  # noqa: E731 (as many samples per process: time tells)
@@ -82,23 +79,8 @@ def loads(workspace: Workspace, ranks: int, batch: int, steps: int = 50) -> tupl
     return out
 
 
-def launch(processes: int, folder: Path) -> tuple[list[dict[str, float]], dict]:
-    """Run this script once per rank; return the seconds of every round, by kind, and the model's parameters and steps' FLOPs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    command = [sys.executable, *sys.argv, "--worker", str(folder)]
-    started = [
-        subprocess.Popen(command, env={**os.environ, **{k: str(v) for k, v in {**place, "RANK": r, "LOCAL_RANK": r}.items()}})
-        for r in range(processes)
-    ]
-    if any([p.wait() for p in started]):
-        raise SystemExit("a process failed")
-    return json.loads((folder / "rounds.json").read_text())
-
-
-def work(args: argparse.Namespace, folder: Path) -> None:
+def work(args: argparse.Namespace, file: Path) -> None:
+    folder = file.parent
     torch.set_num_threads(1)
     with dist.joined("cpu", 5.0):
         ranks, real = dist.ranks(), (dist.rank, dist.ranks)
@@ -134,7 +116,7 @@ def work(args: argparse.Namespace, folder: Path) -> None:
             packed = [p.packed for step in range(20) for p in trainers["alone"].task.batch(step)]
             about = {"parameters": sum(p.numel() for p in trainers["alone"].model.parameters()),
                      "flops": [3 * useful_flops(layout, p, m.width, m.encoder_layers, m.decoder_layers) for p in packed]}
-            (folder / "rounds.json").write_text(json.dumps((rounds, about)))
+            file.write_text(json.dumps((rounds, about)))
 
 
 if __name__ == "__main__":

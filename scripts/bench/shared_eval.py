@@ -13,8 +13,6 @@ import argparse
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +20,7 @@ from pathlib import Path
 
 import torch
 from _figures import figure, show
+from _ranks import launch
 
 from nano4m_cli import dist
 from nano4m_cli.data.workspace import Workspace
@@ -41,7 +40,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="samples of the split, at most")
     parser.add_argument("--quick", action="store_true", help="one round of two probes on 40 samples")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    parser.add_argument("--worker", metavar="DIR", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
         args.rounds, args.limit = 1, 40
@@ -53,7 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "data").symlink_to((Path(args.root) / "data").resolve())
         shutil.copytree(given, Path(folder) / "runs" / given.name, ignore=shutil.ignore_patterns("eval", "report"))
-        rounds = launch(args.processes, Path(folder))
+        rounds = launch(args.processes, "--worker", Path(folder) / "rounds.json")
     n, figures = args.processes, []
     for name in ("all", *(k for k in rounds[0]["one"] if k != "all")):
         one, several = ([r[how][name] for r in rounds] for how in ("one", "several"))
@@ -62,23 +61,8 @@ def main() -> None:
     show("shared_eval", figures, args.json)
 
 
-def launch(processes: int, folder: Path) -> list[dict[str, dict[str, float]]]:
-    """Run this script once per rank; return the seconds of every round, by who evaluated and by probe."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    command = [sys.executable, *sys.argv, "--worker", str(folder)]
-    started = [
-        subprocess.Popen(command, env={**os.environ, **{k: str(v) for k, v in {**place, "RANK": r, "LOCAL_RANK": r}.items()}})
-        for r in range(processes)
-    ]
-    if any([p.wait() for p in started]):
-        raise SystemExit("a process failed")
-    return json.loads((folder / "rounds.json").read_text())
-
-
-def work(args: argparse.Namespace, folder: Path) -> None:
+def work(args: argparse.Namespace, file: Path) -> None:
+    folder = file.parent
     torch.set_num_threads(1)
     workspace, rounds, seconds = Workspace(folder), [], {}
     results = workspace.run(None) / "eval"
@@ -111,7 +95,7 @@ def work(args: argparse.Namespace, folder: Path) -> None:
                 print(f"round {len(rounds)}: {told}", file=sys.stderr, flush=True)
             dist.barrier()
         if dist.rank() == 0:
-            (folder / "rounds.json").write_text(json.dumps(rounds))
+            file.write_text(json.dumps(rounds))
 
 
 def timed(name: str, seconds: dict[str, float]) -> None:
