@@ -183,13 +183,17 @@ def test_questions_are_the_same_for_all_and_from_every_side(bench, by_hand, monk
 
 def test_a_scaling_law_is_found_again(bench):
     """Losses made by a known law give it back; noise moves it within its intervals."""
-    from scaling_law import with_intervals
+    from scaling_law import ahead, with_intervals
 
     n, d = (x.ravel() for x in np.meshgrid([1e5, 3e5, 1e6, 3e6], [1e5, 3e5, 1e6, 3e6]))
     loss = 1.5 + 40 / n**0.3 + 400 / d**0.5
     exact = with_intervals(n, d, loss)
     assert exact["a"][0] == pytest.approx(0.3, abs=0.02) and exact["b"][0] == pytest.approx(0.5, abs=0.02)
     assert exact["E"][0] == pytest.approx(1.5, abs=0.05) and exact["residual"][0] < 2e-3
+    widths = [32, 64, 128, 256]
+    assert all(abs(v) < 2e-3 for v, _, _ in ahead(n, d, loss, widths).values()), "the longest runs follow from the others"
+    other = loss + 0.5 * (d == d.max()) * (n == 1e6)  # one of them does not
+    assert ahead(n, d, other, widths)["ahead_128"][0] == pytest.approx(-0.5, abs=2e-3)
     noisy = with_intervals(n, d, loss + np.random.default_rng(0).normal(0, 0.01, len(n)))
     for name, true, grid in (("a", 0.3, 0.025), ("b", 0.5, 0.025), ("E", 1.5, 0)):  # exponents are points of a grid
         value, low, high = noisy[name]

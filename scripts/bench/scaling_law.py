@@ -1,6 +1,6 @@
 """Loss over parameters and tokens: small models of several widths, trained on `scenes` for several lengths, and a law of them.
 
-    python scripts/bench/scaling_law.py [--widths 32 64 128] [--steps 60 120 240 480] [--seeds 1] [--keep FILE] [--json] [--quick]
+    python scripts/bench/scaling_law.py [--widths 32 64 128] [--steps 160 320 640 1280] [--seeds 1] [--keep FILE] [--json] [--quick]
 
 Every run is the demo's recipe (cfgs/demo.yaml) planned for its own number of steps, its rates carried to other widths by muP
 (model.mup_base). Loss is that of `speedrun.py`'s fixed questions of the val split, both halves. N counts the parameters of blocks
@@ -8,7 +8,8 @@ Every run is the demo's recipe (cfgs/demo.yaml) planned for its own number of st
 
 Fitted is L = E + A / N^a + B / D^b (Hoffmann et al. 2022, arXiv:2203.15556, approach 3) by least squares: exponents on a grid, the
 rest linear and not negative. Intervals are of 95 %, by residuals of the fit drawn anew 200 times; with few runs of a narrow range
-they are wide, and what they say of larger models is an extrapolation.
+they are wide, and what they say of larger models is an extrapolation. How far to trust one: `ahead_WIDTH` is the loss that a fit
+without the longest runs foretells for them, less what they had (low and high: over the same redrawn residuals).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ DRAWS = 200
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128])
-    parser.add_argument("--steps", type=int, nargs="+", default=[60, 120, 240, 480])
+    parser.add_argument("--steps", type=int, nargs="+", default=[160, 320, 640, 1280])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--keep", type=Path, help="JSON lines of finished runs: written, and read instead of running again")
@@ -66,6 +67,8 @@ def main() -> None:
     chosen = [(w, s, seed) for w in args.widths for s in args.steps for seed in range(args.seeds)]
     n, d, loss = (np.array(column, dtype=np.float64) for column in zip(*(done[k] for k in chosen), strict=True))
     found = with_intervals(n, d, loss)
+    if len(args.steps) > 3:
+        found |= ahead(n, d, loss, args.widths)
     if args.json:
         document("scaling_law", [{"name": k, "value": v, "unit": "nats" if k in ("E", "residual") else "", "low": low, "high": high}
                                  for k, (v, low, high) in found.items()])
@@ -115,12 +118,33 @@ class Law:
         return {"E": float(e), "A": float(a * self.n**p), "a": float(p), "B": float(b * self.d**q), "b": float(q)}, told_GR[g]
 
 
-def with_intervals(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> dict[str, tuple[float, float, float]]:
-    """Return {name: (value, low, high)} of the fit, and its residual (root of the mean square)."""
+def fits(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> tuple[dict[str, float], np.ndarray, list[dict[str, float]]]:
+    """Return the fit, its residuals, and fits of losses whose residuals are drawn anew."""
     law = Law(n, d)
     own, told = law.fit(loss)
     left, draw = loss - told, generator(0, "scaling-law")
-    again = [law.fit(told + draw.choice(left, len(left)))[0] for _ in range(DRAWS)]
+    return own, left, [law.fit(told + draw.choice(left, len(left)))[0] for _ in range(DRAWS)]
+
+
+def ahead(n: np.ndarray, d: np.ndarray, loss: np.ndarray, widths: list[int]) -> dict[str, tuple[float, float, float]]:
+    """Return what a fit without the longest runs foretells for each of them, less its loss: (value, low, high) of each width."""
+    last = d > d.max() * 0.99
+    own, _, again = fits(n[~last], d[~last], loss[~last])
+
+    def off(f: dict[str, float], size: float) -> float:
+        told = f["E"] + f["A"] / n ** f["a"] + f["B"] / d ** f["b"]
+        return float(np.mean((told - loss)[last & (n == size)]))
+
+    out = {}
+    for width, size in zip(widths, dict.fromkeys(n.tolist()), strict=True):
+        low, high = np.quantile([off(f, size) for f in again], [0.025, 0.975])
+        out[f"ahead_{width}"] = off(own, size), float(low), float(high)
+    return out
+
+
+def with_intervals(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> dict[str, tuple[float, float, float]]:
+    """Return {name: (value, low, high)} of the fit, and its residual (root of the mean square)."""
+    own, left, again = fits(n, d, loss)
     out = {k: (v, *map(float, np.quantile([f[k] for f in again], [0.025, 0.975]))) for k, v in own.items()}
     residual = float(np.sqrt((left**2).mean()))
     return {**out, "residual": (residual, residual, residual)}
