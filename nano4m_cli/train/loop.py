@@ -7,10 +7,7 @@ optimizer: a resumed run equals an uninterrupted one bit for bit.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,23 +19,20 @@ from torch import Tensor, nn
 
 from nano4m_cli import dist
 from nano4m_cli.compute import pays_bf16
-from nano4m_cli.data._atomic import atomic_file
 from nano4m_cli.errors import CheckpointError, Nano4MError, TrainingError
 from nano4m_cli.model.layers import compile_blocks
 from nano4m_cli.rng import torch_seed
 from nano4m_cli.train import checkpoint
 from nano4m_cli.train.config import TrainConfig
+from nano4m_cli.train.exchange import Exchange
 from nano4m_cli.train.feed import Feed
+from nano4m_cli.train.metrics import Metrics
 from nano4m_cli.train.optim import build_optimizers, clip_gradients
 from nano4m_cli.train.parallel import arrange
 from nano4m_cli.train.saving import Saver
 from nano4m_cli.train.schedule import lr_factor
 from nano4m_cli.train.sharding import fill, fill_optimizers, local
-from nano4m_cli.train.sinks import Sink, open_sinks
 from nano4m_cli.train.watch import KeyLog, Watch, stall_line, start_note
-
-# What ends training after the step: the first of those that came counts.
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Task(Protocol):
@@ -127,13 +121,10 @@ class Trainer:
         self.ema = {k: v.detach().clone() for k, v in self.model.named_parameters()} if config.ema else None
         self.step = 0
         self._window: list[dict[str, float]] = []  # figures since the last record
-        self._stop: int | None = None  # the signal this process got
-        self._agreed: int | None = None  # the one that all processes know of
+        self.exchange, self.metrics = Exchange(), Metrics(run)
         self._written = -1
         self._val_loss: float | None = None
         self.watch = Watch(self.device, config.stall)
-        self._times: tuple[list[float], list[float]] = [0.0], [0.0]  # of the last step, by rank: waiting for data, computing
-        self.sinks: list[Sink] = []
         self.keys: KeyLog | None = None
         tell = lambda step: self.callback(StepRecord("checkpoint", step, config.steps, {}))  # noqa: E731
         self.saver = Saver(run, config, tell) if run is not None else None
@@ -151,11 +142,7 @@ class Trainer:
         self.step = self._written = point.state["step"]
         self._window = point.state.get("window", [])
         self._val_loss = point.state.get("val_loss")
-        path = self.run / "metrics.jsonl"
-        if dist.rank() == 0 and path.is_file():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= self.step]
-            with atomic_file(path) as file:
-                file.write("".join(line + "\n" for line in kept).encode())
+        self.metrics.back_to(self.step)
         return self.step
 
     def _restore(self, point: checkpoint.Reader) -> None:
@@ -211,7 +198,7 @@ class Trainer:
         """
         late = lambda line: self.callback(StepRecord("late", self.step, self.c.steps, {}, line))  # noqa: E731
         with (
-            self._signals(), contextlib.closing(self._loader()) as feed, contextlib.closing(self.saver or feed),
+            self.exchange.signals(), contextlib.closing(self._loader()) as feed, contextlib.closing(self.saver or feed),
             self.watch.patrol(lambda: self.parallel.doing, late, dist.rank()),
         ):
             figures: dict[str, float] = {}
@@ -236,11 +223,10 @@ class Trainer:
                     clock += time.perf_counter() - before
                 if self.step % self.c.checkpoint_every == 0 or self.step == self.c.steps:
                     self.save()
-                stop = self._stop if dist.ranks() == 1 else self._agreed
-                if stop is not None:
+                if self.exchange.stop is not None:
                     self.save()
                     self._saved()
-                    raise Stopped(self.step, stop)
+                    raise Stopped(self.step, self.exchange.stop)
                 if self.saver is not None:
                     self.saver.poll()
             self._saved()
@@ -252,9 +238,8 @@ class Trainer:
         if self.run is None:
             return
         with dist.together():
-            if dist.rank() == 0:
-                self.sinks = open_sinks(self.c.sinks, self.run, self.c.model_dump(mode="json"))
-                self._write("start", start_note(self.device))
+            self.metrics.open_sinks(self.c)
+            self._write("start", start_note(self.device))
             if self.c.log_keys:
                 self.keys = KeyLog(self.run, self.step)
 
@@ -298,7 +283,7 @@ class Trainer:
     def _end_step(self) -> None:
         if self.keys is not None:
             self.keys.write(self.step, self.task.keys(self.step - 1))
-        note = self.watch.ends(*self._times)
+        note = self.watch.ends(*self.exchange.times)
         if note is not None:
             self._write("stall", note)
             self.callback(StepRecord("stall", self.step, self.c.steps, {}, stall_line(self.step, note)))
@@ -330,9 +315,9 @@ class Trainer:
             for k, v in named.items():
                 figures[k] = figures.get(k, 0.0) + v.detach()
         mine = {k: float(v) for k, v in figures.items()}
-        shared = self._share(mine)
+        shared = self.exchange.begin(mine, self.watch.wait, self.parallel.seconds)
         norm = clip_gradients(self.model.parameters(), self.c.clip)
-        whole = self._shared(mine, shared)
+        whole = self.exchange.end(mine, shared)
         finite = math.isfinite(whole["loss"]) and math.isfinite(norm)
         if self.critic is not None:
             finite &= math.isfinite(clip_gradients(self.critic.parameters(), self.c.clip))
@@ -350,23 +335,6 @@ class Trainer:
             now = [local(p.detach()) for p in self.model.parameters()]
             torch._foreach_lerp_([local(v) for v in self.ema.values()], now, 1 - decay)
         return {**whole, "grad_norm": norm, "lr": self.c.lr * factor}
-
-    def _share(self, mine: dict[str, float]) -> dist.Summing:
-        """Begin to add up what ranks say of a step: their shares of its figures, the signals they got, and their seconds."""
-        asked = [float(self._stop == s) for s in SIGNALS]
-        times = torch.zeros(2, dist.ranks(), dtype=torch.float64)
-        times[:, dist.rank()] = torch.tensor([self.watch.wait, self.parallel.seconds], dtype=torch.float64)
-        return dist.Summing(torch.cat([torch.tensor([*mine.values(), *asked], dtype=torch.float64), times.flatten()]))
-
-    def _shared(self, mine: dict[str, float], shared: dist.Summing) -> dict[str, float]:
-        """Return the whole step's figures; take note of a signal that any rank got, and of all ranks' seconds."""
-        values = shared.wait().tolist()
-        rest = values[len(mine) :]
-        asked = [s for s, n in zip(SIGNALS, rest, strict=False) if n]
-        self._agreed = asked[0] if asked else None
-        times = rest[len(SIGNALS) :]
-        self._times = times[: dist.ranks()], times[dist.ranks() :]
-        return dict(zip(mine, values, strict=False))
 
     def _critic_backward(self) -> dict[str, Tensor]:
         self.critic.requires_grad_(True)
@@ -403,22 +371,7 @@ class Trainer:
         self.callback(StepRecord(kind, self.step, self.c.steps, figures))
 
     def _write(self, kind: str, figures: dict[str, Any]) -> None:
-        """Append a record to metrics.jsonl, and hand it to the sinks."""
-        if self.run is None or dist.rank():
-            return
-        line = json.dumps({"kind": kind, "step": self.step, "time": round(time.time(), 3), **figures})
-        path = self.run / "metrics.jsonl"
-        try:
-            with open(path, "a") as file:
-                file.write(line + "\n")
-        except OSError as err:
-            last = checkpoint.checkpoints(self.run)
-            raise TrainingError(
-                f"step {self.step}: cannot write {path}: {err.strerror}",
-                f"the last good checkpoint is {last[-1].name if last else 'none'}; free some space and go on with --resume",
-            ) from err
-        for sink in self.sinks:
-            sink(kind, self.step, figures)
+        self.metrics.write(kind, self.step, figures)
 
     def _loader(self) -> Feed:
         """Return what gives the parts of every step to come."""
@@ -427,31 +380,3 @@ class Trainer:
 
     def _move(self, parts: list[Any]) -> list[Any]:
         return parts if self.device.type == "cpu" else [p.to(self.device) for p in parts]
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Turn the stopping signals into a flag that the loop reads between steps."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(signum: int, frame: Any) -> None:
-            if self._stop is not None and signum == signal.SIGINT:
-                raise KeyboardInterrupt  # the second Ctrl-C does not wait
-            self._stop = signum
-
-        before = {s: signal.signal(s, ask) for s in SIGNALS}
-        try:
-            yield
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
-
-
-def _step_of(line: str) -> int:
-    """Return the step that a record is of; what was skipped is told before its step is made."""
-    try:
-        note = json.loads(line)
-        return int(note["step"]) + (note["kind"] == "skipped")
-    except (ValueError, KeyError):
-        return 1 << 60  # a line cut by a kill
