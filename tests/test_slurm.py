@@ -120,7 +120,8 @@ def test_two_nodes_evaluate_as_one_process(cluster, here, one_thread):  # noqa: 
     shutil.rmtree(folder)
     cluster.script("up", PREEMPT_SIGNAL=0)  # the steps get TERM, the batch shell nothing
     job = cluster.sbatch(here, "eval", *asked, NANO4M_PROCS="2")
-    pids = wait_for("its processes", lambda: ranks_of(cluster, job, 2))
+    wait_for("its processes", lambda: "(2 processes)" in log(here, job, "eval"))  # from now on they hear of signals
+    pids = ranks_of(cluster, job, 2)
     send(pids, signal.SIGSTOP)  # so that it does not end before
     cluster.call("sbatch", "-purgent", "-N3", "--exclusive", "--output=/dev/null", "--wrap=:", here=here)
     wait_for("TERM", lambda: "STEP" in log(here, job, "eval"))

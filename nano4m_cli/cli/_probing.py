@@ -30,6 +30,9 @@ def run_probes(
     from nano4m_cli.data.workspace import Workspace
 
     here = dist.place()
+    if here.ranks > 1:  # a launcher may have them ignored, for workers that stop in order: here nothing is left half done
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
     show.mute_others(here.first)
     with said_once(here.first):
         workspace, picked = Workspace.at(root), pick_device(device)
@@ -39,9 +42,6 @@ def run_probes(
     from nano4m_cli.probes._evaluate import evaluate
     from nano4m_cli.report._tradeoffs import tables
 
-    if here.ranks > 1:  # a launcher may have them ignored, for workers that stop in order: here nothing is left half done
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)
     with dist.joined(picked, MINUTES, "start the evaluation again") as own, show.work() as work:
         done = evaluate(
             workspace, run, probes, split, limit, kind=kind, progress=work.progress, device=own, settings=settings,
