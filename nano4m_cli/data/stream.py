@@ -236,4 +236,3 @@ def cache_of(dataset: DatasetFolder, folder: str | None = None, gigabytes: float
     """Return the cache of a remote data set's shards: in the workspace, or in a folder such as $TMPDIR/nano4m."""
     path = Path(os.path.expandvars(folder)).expanduser() if folder else dataset.path.parent / ".cache" / "stream"
     return ShardCache(path, int(gigabytes * 1e9), wait)
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -32,8 +33,8 @@ class Probe(Base):
         values = [Likelihoods(context, target, _sources(context, target)) for target in todo]
         asked = [(value, given) for value in values for given in _sets(value.sources, context.seed)]
         answers = context.answers("sets of sources", [value.work(given) for value, given in asked])
-        for (value, given), nll in zip(asked, answers, strict=True):
-            value.take(given, nll)
+        for (value, given), mean in zip(asked, answers, strict=True):
+            value.known[given] = mean
         for value in values:
             metrics += _figures(context, value, grids)
             never += [d for d in value.directions() if not context.posed(d).value]
@@ -91,15 +92,17 @@ class Likelihoods:
         self.known: dict[Subset, np.ndarray] = {}
 
     def work(self, given: Subset) -> Work[np.ndarray]:
-        """Ask for -log p of the target's slots given a set of sources."""
+        """Ask for what is known of a set of sources."""
         some = slice(len(self.asked))
-        return nll_work(self.context, self.context.inside_NC[some] & self.context.columns(*given), self.asked, some)
+        work = nll_work(self.context, self.context.inside_NC[some] & self.context.columns(*given), self.asked, some)
 
-    def take(self, given: Subset, nll_NC: np.ndarray) -> None:
-        """Take the answer to `work`."""
-        out = np.zeros(self.context.n)
-        out[: len(self.asked)] = -np.where(self.asked, np.nan_to_num(nll_NC), 0.0).sum(1) / np.maximum(self.asked.sum(1), 1)
-        self.known[given] = out
+        def join(parts: list[np.ndarray]) -> np.ndarray:
+            out = np.zeros(self.context.n)
+            total = np.where(self.asked, np.nan_to_num(work.join(parts)), 0.0).sum(1)
+            out[some] = -total / np.maximum(self.asked.sum(1), 1)
+            return out
+
+        return replace(work, join=join)
 
     def __call__(self, given: Subset) -> np.ndarray:
         return self.known[given]

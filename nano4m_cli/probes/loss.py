@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from nano4m_cli.data.loader import TokenData
+from nano4m_cli.dist import Work
 from nano4m_cli.masking._base import Key
 from nano4m_cli.probes._base import Probe as Base
 from nano4m_cli.probes._context import Context
@@ -48,9 +50,10 @@ class Probe(Base):
         found = {}
         plans = [(s, t) for t in context.names for s in sources_of(context, t)]
         asks = [whole(context, sources, target) for sources, target in plans]
-        answers = context.answers("loss", [nll_work(context, *ask) for ask in asks])
-        for (sources, target), (_, asked), nll in zip(plans, asks, answers, strict=True):
-            name, values = context.direction(sources, target), nll[:, layout.slice(target)]
+        works = [target_work(context, target, *ask) for (_, target), ask in zip(plans, asks, strict=True)]
+        answers = context.answers("loss", works)
+        for (sources, target), (_, asked), values in zip(plans, asks, answers, strict=True):
+            name = context.direction(sources, target)
             spec = layout.specs[context.names.index(target)]
             one = _metric(f"{name}/ce", values, marginals.unigram[:, layout.slice(target)], spec.vocab_size)
             metrics.append(one.model_copy(update={"ceiling": ceiling(context, sources, target, asked)}))
@@ -125,6 +128,12 @@ def marginal_nll(context: Context) -> Marginals:
 def unigram_nll(context: Context) -> np.ndarray:
     """Return (N, C): -log p of each id under its vocabulary's frequencies in the train split."""
     return marginal_nll(context).unigram
+
+
+def target_work(context: Context, target: str, shown_NC: np.ndarray, asked_NC: np.ndarray) -> Work[np.ndarray]:
+    """Ask for (N, slots): -log p of the target's slots. The answers of all directions are held at once, so no other slots are."""
+    work = nll_work(context, shown_NC, asked_NC)
+    return replace(work, join=lambda parts: work.join(parts)[:, context.layout.slice(target)].copy())
 
 
 def _metric(name: str, nll: np.ndarray, marginal: np.ndarray, vocab: int, unit: float = 1.0) -> Metric:
